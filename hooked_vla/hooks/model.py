@@ -1,0 +1,386 @@
+"""HookedModel: naming the hook points of a network and running it with listeners attached.
+
+Nothing here knows a model. A subclass says how an observation becomes inputs and actions; its network's modules
+carry HookPoints, which are named by their path when the model is built.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hooked_vla.hooks import names as hook_names
+from hooked_vla.hooks.cache import ROW_AXES, TOKEN_AXES, ActivationCache, Recorder
+from hooked_vla.hooks.names import NamesFilter
+from hooked_vla.hooks.point import CAPTURE, EDIT, GRADIENT, HookFunction, HookPoint, Listener, Run
+from hooked_vla.inputs import Actions, ModelInputs, Segments
+
+HookRequest = tuple[NamesFilter, HookFunction]
+# streams whose rows are single camera images rather than batch rows
+_IMAGE_ROWS = frozenset({"vision", "connector"})
+
+
+@dataclass(frozen=True)
+class HookSite:
+    """What is known of a hook point before any run.
+
+    shape: numbers where the model fixes the size, axis names where the inputs do. denoised: fires once per denoise
+    step, and has a leading denoise axis in a cache.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype
+    axes: tuple[str, ...]
+    meaning: str
+    pathway: str
+    denoised: bool
+
+
+class Hook:
+    """Handle of an attached function; `remove()` detaches it, `with` detaches it at the end of the block."""
+
+    def __init__(self, request: object, attached: Sequence[tuple[HookPoint, Listener]]) -> None:
+        self.request = request
+        self.attached = list(attached)
+
+    def remove(self) -> None:
+        """Detach; nothing happens the second time."""
+        for point, listener in self.attached:
+            point.remove(listener)
+
+    @property
+    def fired(self) -> bool:
+        return any(listener.fired for _, listener in self.attached)
+
+    def __enter__(self) -> "Hook":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+class _Stop(Exception):
+    """Ends a forward pass at the point that `stop_at` names."""
+
+
+class HookedModel(nn.Module):
+    """A policy whose activations have names; see `run_with_cache`, `run_with_hooks`, `hooks`."""
+
+    net: nn.Module
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.run_state = Run()
+        self._points = _name_points(net, self.run_state)
+        self._n_runs = 0
+
+    # What a subclass says about itself.
+
+    def prepare(self, obs: Any) -> ModelInputs:
+        """Preprocess an observation or the public entry point's batch."""
+        raise NotImplementedError
+
+    def act(self, inputs: ModelInputs, noise: Tensor | None) -> Actions:
+        """Run the network on preprocessed inputs."""
+        raise NotImplementedError
+
+    def segments(self, inputs: ModelInputs) -> Mapping[str, Segments]:
+        """Token segments of every stream."""
+        raise NotImplementedError
+
+    @property
+    def n_denoise_steps(self) -> int:
+        """How often the expert runs per action chunk."""
+        raise NotImplementedError
+
+    # Running.
+
+    def forward(self, obs: Any, noise: Any = None) -> Actions:
+        """One action chunk for an observation, gradients as the ambient grad mode says.
+
+        noise: the starting noise [batch, chunk, d_action], or a list with every random draw in order; None draws.
+        """
+        return self.run(self.prepare(obs), noise)
+
+    def run(self, inputs: ModelInputs, noise: Any = None) -> Actions:
+        """One action chunk for inputs that `prepare` made."""
+        self._n_runs += 1
+        self.run_state.begin(lambda: self.segments(inputs))
+        return self.act(inputs, noise)
+
+    @property
+    def points(self) -> Mapping[str, HookPoint]:
+        """Every hook point by name, in the order of the model."""
+        return self._points
+
+    @property
+    def hook_points(self) -> dict[str, HookSite]:
+        """Every hook point with its shape, dtype, axes and meaning."""
+        dtypes = {name: _stream_dtype(part) for name, part in self.net.named_children()}
+        owners = dict(self.net.named_modules())
+        sites = {}
+        for name, point in self._points.items():
+            way = hook_names.pathway(name)
+            dtype = dtypes[way] if point.dtype == "stream" else getattr(torch, point.dtype)
+            sites[name] = HookSite(
+                name=name,
+                shape=tuple(_axis_size(axis, name, owners) for axis in point.axes),
+                dtype=dtype,
+                axes=point.axes,
+                meaning=hook_names.meaning(name),
+                pathway=way,
+                denoised=hook_names.is_denoised(name),
+            )
+        return sites
+
+    def add_hook(
+        self,
+        site: NamesFilter,
+        fn: HookFunction,
+        dir: str = "fwd",
+        at_steps: Sequence[int] | None = None,
+        is_permanent: bool = False,
+        prepend: bool = False,
+    ) -> Hook:
+        """Attach `fn(tensor, hook)` to every point that `site` selects, until removed.
+
+        A returned tensor replaces the value (dir="bwd": the gradient), None keeps it. at_steps limits points of
+        the expert to some denoise steps. Permanent hooks survive `reset_hooks`.
+        Raises KeyError for an unknown site, ValueError for a bad direction or step.
+        """
+        if dir not in ("fwd", "bwd"):
+            raise ValueError(f"dir must be 'fwd' or 'bwd', got {dir!r}")
+        order = EDIT if dir == "fwd" else GRADIENT
+        return self._attach(site, lambda _: fn, order, self._check_steps(at_steps), is_permanent, prepend)
+
+    def add_perma_hook(self, site: NamesFilter, fn: HookFunction, dir: str = "fwd") -> Hook:
+        """Attach a hook that `reset_hooks` leaves in place."""
+        return self.add_hook(site, fn, dir, is_permanent=True)
+
+    def reset_hooks(self, including_permanent: bool = False) -> None:
+        """Detach every hook; permanent ones only when asked."""
+        for point in self._points.values():
+            point.listeners = tuple(
+                each for each in point.listeners if each.permanent and not including_permanent
+            )
+            point.ctx.clear()
+
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Sequence[HookRequest] = (),
+        bwd_hooks: Sequence[HookRequest] = (),
+        at_steps: Sequence[int] | None = None,
+    ) -> Iterator["HookedModel"]:
+        """Hooks for the block only: whatever ends it, they are gone; other hooks are left alone.
+
+        Raises RuntimeError at the end of the block when the model ran and a hook never fired.
+        """
+        attached: list[Hook] = []
+        runs = self._n_runs
+        try:
+            for requests, dir in ((fwd_hooks, "fwd"), (bwd_hooks, "bwd")):
+                for site, fn in requests:
+                    attached.append(self.add_hook(site, fn, dir, at_steps))
+            yield self
+            if self._n_runs > runs:
+                _check_fired(attached)
+        finally:
+            for hook in attached:
+                hook.remove()
+
+    def run_with_hooks(
+        self,
+        obs: Any,
+        fwd_hooks: Sequence[HookRequest] = (),
+        bwd_hooks: Sequence[HookRequest] = (),
+        noise: Any = None,
+        at_steps: Sequence[int] | None = None,
+    ) -> Actions:
+        """One action chunk with hooks attached for this run only.
+
+        Backward hooks act on the graph of this run, so they also serve a `backward()` called afterwards.
+        """
+        with self.hooks(fwd_hooks, bwd_hooks, at_steps):
+            return self(obs, noise)
+
+    def run_with_cache(
+        self,
+        obs: Any,
+        names_filter: NamesFilter = None,
+        noise: Any = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        incl_bwd: bool | Callable[[Actions], Tensor] = False,
+        stop_at: str | None = None,
+        at_steps: Sequence[int] | None = None,
+        clone: bool = False,
+        detect_inplace: bool = False,
+        max_bytes: int | None = None,
+    ) -> tuple[Actions | None, ActivationCache]:
+        """One action chunk and the activations of the selected points.
+
+        Points see the values after other hooks. device, dtype: where and how to keep them. incl_bwd: also keep
+        gradients, of the sum of the chunk (True) or of the scalar that the function makes of the actions. stop_at:
+        name of the point after which the run ends (the actions are then None). at_steps: only these denoise steps.
+        clone: keep copies, safe from hooks that edit in place; detect_inplace: raise when that happened.
+        max_bytes: raise MemoryError beforehand if the cache would be larger.
+        Cached tensors keep their autograd graph; run under `torch.no_grad()` if no gradients are wanted.
+        """
+        wanted = hook_names.resolve(names_filter, list(self._points))
+        steps = self._check_steps(at_steps)
+        inputs = self.prepare(obs)
+        if max_bytes is not None:
+            self._cache_size(inputs, wanted, steps, dtype, max_bytes)
+        recorder = Recorder(device, dtype, clone, detect_inplace)
+        attached = [self._attach(wanted, recorder.listen, CAPTURE, steps)]
+        if incl_bwd:
+            attached.append(self._attach(wanted, lambda _: recorder.keep_gradient, GRADIENT, steps))
+        if stop_at is not None:
+            attached.append(self._attach(stop_at, lambda _: _stop, CAPTURE, steps))
+        actions = None
+        try:
+            actions = self.run(inputs, noise)
+            if incl_bwd:
+                metric = incl_bwd(actions) if callable(incl_bwd) else actions.chunk.sum()
+                metric.backward()
+        except _Stop:
+            pass
+        finally:
+            for hook in attached:
+                hook.remove()
+        missing = [name for name in wanted if name not in recorder.parts]
+        if missing and (stop_at is None or names_filter is not None):
+            raise RuntimeError(f"asked to be cached but never fired: {missing[:10]} ({len(missing)} points)")
+        recorder.check_inplace()
+        cached_steps = range(self.n_denoise_steps) if steps is None else sorted(steps)
+        cache = recorder.finish(self._points, list(cached_steps), inputs.batch_size, self.run_state.segments)
+        return actions, cache
+
+    def cache_size(
+        self,
+        obs: Any,
+        names_filter: NamesFilter = None,
+        at_steps: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+        max_bytes: int | None = None,
+    ) -> int:
+        """Bytes that `run_with_cache` would hold, from shapes alone.
+
+        Raises MemoryError when that is more than max_bytes.
+        """
+        wanted = hook_names.resolve(names_filter, list(self._points))
+        return self._cache_size(self.prepare(obs), wanted, self._check_steps(at_steps), dtype, max_bytes)
+
+    def _cache_size(
+        self,
+        inputs: ModelInputs,
+        wanted: Sequence[str],
+        steps: frozenset[int] | None,
+        dtype: torch.dtype | None,
+        max_bytes: int | None,
+    ) -> int:
+        segments = self.segments(inputs)
+        sizes = {stream: each.labels.shape for stream, each in segments.items()}
+        chosen, n_steps = set(wanted), self.n_denoise_steps if steps is None else len(steps)
+        total, sites = 0, self.hook_points
+        for name in wanted:
+            if hook_names.same_tensor_as(name) in chosen:
+                continue
+            site, point = sites[name], self._points[name]
+            elements = n_steps if site.denoised and not point.per_chunk else 1
+            for axis, size in zip(site.axes, site.shape, strict=True):
+                elements *= size if isinstance(size, int) else _runtime_size(axis, point, sizes, inputs.batch_size)
+            total += elements * (dtype or site.dtype).itemsize
+        if max_bytes is not None and total > max_bytes:
+            raise MemoryError(
+                f"the cache of {len(wanted)} points would hold {total:,} bytes, more than the limit of "
+                f"{max_bytes:,}; cache fewer points or steps, or a smaller dtype"
+            )
+        return total
+
+    def _attach(
+        self,
+        site: NamesFilter,
+        make: Callable[[HookPoint], HookFunction],
+        order: int,
+        at_steps: frozenset[int] | None,
+        permanent: bool = False,
+        prepend: bool = False,
+    ) -> Hook:
+        attached = []
+        for name in hook_names.resolve(site, list(self._points)):
+            point = self._points[name]
+            steps = at_steps if hook_names.is_denoised(name) else None
+            listener = Listener(make(point), order, steps, permanent)
+            point.add(listener, prepend)
+            attached.append((point, listener))
+        return Hook(site, attached)
+
+    def _check_steps(self, at_steps: Sequence[int] | None) -> frozenset[int] | None:
+        if at_steps is None:
+            return None
+        outside = [step for step in at_steps if not 0 <= step < self.n_denoise_steps]
+        if outside or not at_steps:
+            raise ValueError(f"at_steps {list(at_steps)}: this model's denoise steps are 0..{self.n_denoise_steps - 1}")
+        return frozenset(at_steps)
+
+
+def _stop(value: Tensor, point: HookPoint) -> None:
+    raise _Stop
+
+
+def _check_fired(attached: Sequence[Hook]) -> None:
+    silent = [hook.request for hook in attached if not hook.fired]
+    if silent:
+        raise RuntimeError(
+            f"hooks that never fired: {silent}; a backward hook needs gradients to be on where the model runs"
+        )
+
+
+def _name_points(net: nn.Module, run: Run) -> dict[str, HookPoint]:
+    points = {}
+    for path, module in net.named_modules():
+        axis_streams: Mapping[str, str] = getattr(module, "axis_streams", {})
+        for attribute, point in vars(module).items():
+            if not isinstance(point, HookPoint):
+                continue
+            point.name = f"{path}.{attribute}" if path else attribute
+            point.run = run
+            way = hook_names.pathway(point.name)
+            if way in _IMAGE_ROWS:
+                point.axes = tuple("image" if axis == "batch" else axis for axis in point.axes)
+            point.streams = {axis: axis_streams.get(axis, point.stream or way) for axis in point.axes if axis in TOKEN_AXES}
+            points[point.name] = point
+    return points
+
+
+def _stream_dtype(part: nn.Module) -> torch.dtype:
+    """Dtype of a pathway's residual stream: that of its blocks, since embeddings and heads may be float32 islands."""
+    parameter = next(getattr(part, "blocks", part).parameters(), None)
+    return torch.float32 if parameter is None else parameter.dtype
+
+
+def _axis_size(axis: str, name: str, owners: Mapping[str, nn.Module]) -> int | str:
+    """The size that the owning module, or one around it, gives the axis; the axis name if only inputs decide it."""
+    if axis.isdigit():
+        return int(axis)
+    path = name.rsplit(".", 1)[0]
+    while True:
+        size = getattr(owners[path], axis, None)
+        if isinstance(size, int):
+            return size
+        if not path:
+            return axis
+        path = path.rsplit(".", 1)[0] if "." in path else ""
+
+
+def _runtime_size(axis: str, point: HookPoint, sizes: Mapping[str, Sequence[int]], batch_size: int) -> int:
+    if axis in ROW_AXES:
+        return batch_size if axis == "batch" else sizes[point.pathway][0]
+    return sum(sizes[stream][1] for stream in point.streams[axis].split("+"))

@@ -1,0 +1,168 @@
+"""The one vocabulary of hook points, and how a request for some of them is understood.
+
+A name is a pathway, then modules, then a leaf: `vlm.blocks.3.attn.hook_pattern`. Leaves are TransformerLens's
+words wherever it has one. Anything not listed here fails a test.
+"""
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+PATHWAYS = {
+    "vision": "image encoder; one row per camera image",
+    "connector": "map from image features to language-model tokens",
+    "vlm": "language model over the prefix: image, language and state tokens; runs once per chunk",
+    "expert": "action expert; runs once per denoise step",
+    "head": "what turns the expert's last outputs into an action chunk",
+}
+
+# The expert runs several times per chunk: what it caches has a leading denoise axis.
+DENOISED = frozenset({"expert"})
+
+MODULES = {
+    "blocks": "transformer blocks, numbered from 0",
+    "attn": "self-attention, or joint attention over prefix and own tokens",
+    "cross_attn": "attention from own tokens to the cached prefix",
+    "mlp": "feed-forward network",
+    "ln1": "norm before attention",
+    "ln2": "norm before the MLP",
+    "ln_final": "norm after the last block",
+}
+
+LEAVES = {
+    "hook_patch_embed": "patch embedding of the image, before positions",
+    "hook_pos_embed": "position embedding added to the patches",
+    "hook_tokens": "input of the stream's first block",
+    "hook_shuffled": "image features after space-to-depth",
+    "hook_out": "image tokens as the connector hands them over",
+    "hook_embed_image": "image tokens, scaled as they enter the prefix",
+    "hook_embed_language": "language token embeddings, scaled as they enter the prefix",
+    "hook_embed_state": "state token as it enters the prefix",
+    "hook_resid_pre": "residual stream entering the block",
+    "hook_resid_mid": "residual stream between attention and MLP",
+    "hook_resid_post": "residual stream leaving the block",
+    "hook_attn_out": "output of attention, added to the residual stream",
+    "hook_mlp_out": "output of the MLP, added to the residual stream",
+    "hook_scale": "the norm's divisor: standard deviation or root mean square",
+    "hook_normalized": "output of the norm",
+    "hook_q": "queries before rotary positions",
+    "hook_k": "keys before rotary positions (cross-attention: projected from the prefix keys)",
+    "hook_v": "values (cross-attention: projected from the prefix values)",
+    "hook_rot_q": "queries after rotary positions",
+    "hook_rot_k": "keys after rotary positions; in the vlm, what the expert will read",
+    "hook_prefix_k": "this expert layer's own view of the cached prefix keys",
+    "hook_prefix_v": "this expert layer's own view of the cached prefix values",
+    "hook_attn_scores": "scaled and masked attention scores",
+    "hook_pattern": "attention pattern: scores after softmax",
+    "hook_z": "attention-weighted values, per head, before the output projection",
+    "hook_pre": "MLP pre-activation (gated: the gate's)",
+    "hook_pre_linear": "gated MLP: the linear branch that the activated gate multiplies",
+    "hook_post": "MLP hidden activation, input of the output projection",
+    "hook_noisy_actions": "action chunk being denoised, as this step begins; an edit carries on",
+    "hook_time": "embedding of the denoising time",
+    "hook_velocity": "predicted velocity of the action chunk",
+    "hook_actions": "the finished, normalised action chunk at its padded width",
+}
+
+NamesFilter = None | str | re.Pattern[str] | Sequence["NamesFilter"] | Callable[[str], bool]
+
+
+def leaf(name: str) -> str:
+    """Last part of a hook name."""
+    return name.rsplit(".", 1)[-1]
+
+
+def pathway(name: str) -> str:
+    """First part of a hook name."""
+    return name.split(".", 1)[0]
+
+
+def layer(name: str) -> int | None:
+    """Block number in a hook name; None where the point is in no block."""
+    found = re.search(r"\.blocks\.(\d+)\.", name)
+    return int(found.group(1)) if found else None
+
+
+def is_denoised(name: str) -> bool:
+    """Whether the point fires once per denoise step."""
+    return pathway(name) in DENOISED
+
+
+def meaning(name: str) -> str:
+    """One line on what the point holds.
+
+    Raises KeyError for a name outside the vocabulary.
+    """
+    head, *middle, last = name.split(".")
+    unknown = [part for part in middle if part not in MODULES and not part.isdigit()]
+    if head not in PATHWAYS or last not in LEAVES or unknown:
+        raise KeyError(f"hook point {name!r} is not in the vocabulary of hooked_vla/hooks/names.py")
+    return LEAVES[last]
+
+
+def same_tensor_as(name: str) -> str | None:
+    """The earlier point that holds the very same tensor as `name` when no hook edits in between, if there is one."""
+    number = layer(name)
+    if number is None:
+        return None
+    if leaf(name) == "hook_resid_pre":
+        start = name.split(".blocks.")[0]
+        return f"{start}.blocks.{number - 1}.hook_resid_post" if number else f"{start}.hook_tokens"
+    if leaf(name) == "hook_prefix_k":
+        return f"vlm.blocks.{number}.attn.hook_rot_k"
+    if leaf(name) == "hook_prefix_v":
+        return f"vlm.blocks.{number}.attn.hook_v"
+    return None
+
+
+def nearest(name: str, names: Iterable[str], n: int = 3) -> list[str]:
+    """The `n` most similar names, best first."""
+    return difflib.get_close_matches(name, list(names), n=n, cutoff=0.0)
+
+
+def unknown_name(name: str, names: Iterable[str]) -> KeyError:
+    """The error for a name or pattern that matches no hook point."""
+    return KeyError(f"no hook point matches {name!r}; nearest: {', '.join(nearest(name, names))}")
+
+
+def resolve(names_filter: NamesFilter, names: Sequence[str]) -> list[str]:
+    """The hook points that a filter selects, in the model's order, each once.
+
+    names_filter: None (all), a name, a glob ("vlm.blocks.*.hook_resid_post"; "*" also crosses dots), a compiled
+    regular expression (full match), a callable name -> bool, or any sequence of these.
+    Raises KeyError naming a request that selects nothing, with the three nearest names; TypeError for anything
+    that is not a filter.
+    """
+    if names_filter is None:
+        return list(names)
+    chosen = _select(names_filter, names)
+    return [name for name in names if name in chosen]
+
+
+def _select(names_filter: NamesFilter, names: Sequence[str]) -> set[str]:
+    if names_filter is None:
+        return set(names)
+    if isinstance(names_filter, str):
+        if names_filter in names:
+            return {names_filter}
+        chosen = {name for name in names if fnmatch.fnmatchcase(name, names_filter)}
+        if not chosen:
+            raise unknown_name(names_filter, names)
+        return chosen
+    if isinstance(names_filter, re.Pattern):
+        chosen = {name for name in names if names_filter.fullmatch(name)}
+        if not chosen:
+            raise unknown_name(names_filter.pattern, names)
+        return chosen
+    if isinstance(names_filter, Iterable):
+        return set().union(*(_select(part, names) for part in names_filter))
+    if callable(names_filter):
+        chosen = {name for name in names if names_filter(name)}
+        if not chosen:
+            raise KeyError(f"the callable filter {names_filter!r} selects none of the {len(names)} hook points")
+        return chosen
+    raise TypeError(
+        "a filter is None, a name, a glob, a compiled regex, a callable, or a sequence of these; "
+        f"got {type(names_filter).__name__}"
+    )

@@ -1,0 +1,201 @@
+"""Hook points: where a value can be watched or replaced, and what its listeners know about the run.
+
+A HookPoint is a plain object, not an nn.Module: calling one that nobody listens to costs a fraction of a
+microsecond, it never shows in a state_dict, and torch.compile goes through it without a graph break.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooked_vla.hooks import names
+from hooked_vla.inputs import Segments
+
+HookFunction = Callable[[Tensor, "HookPoint"], Tensor | None]
+
+
+class SegmentTable:
+    """Segments of every token stream of one forward pass, made on first use; "a+b" is stream a followed by b."""
+
+    def __init__(self, make: Callable[[], Mapping[str, Segments]]) -> None:
+        self._make = make
+        self._made: dict[str, Segments] = {}
+
+    def __getitem__(self, stream: str) -> Segments:
+        """Raises KeyError for a stream that the model does not have."""
+        if not self._made:
+            self._made = dict(self._make())
+        if stream not in self._made and "+" in stream:
+            first, second = stream.split("+", 1)
+            self._made[stream] = Segments.concatenate(self[first], self[second])
+        return self._made[stream]
+
+
+class Run:
+    """State of the forward pass in progress, shared by all hook points of a model.
+
+    denoise_step: 0-based step of the expert's loop, None outside it. env_step: the environment step, set by
+    whoever drives a rollout. segments: who owns each token of each stream.
+    """
+
+    def __init__(self) -> None:
+        self.denoise_step: int | None = None
+        self.env_step: int | None = None
+        self.segments = SegmentTable(dict)
+
+    def begin(self, make_segments: Callable[[], Mapping[str, Segments]]) -> None:
+        """Forget the previous forward pass."""
+        self.denoise_step = None
+        self.segments = SegmentTable(make_segments)
+
+
+# Listeners at one point run in this order: edits see the value first, captures last.
+EDIT, GRADIENT, CAPTURE = 0, 1, 2
+
+
+@dataclass(eq=False)
+class Listener:
+    """One function attached to one point.
+
+    order: EDIT, GRADIENT or CAPTURE. fired: it has been called (for a gradient: attached to the backward graph).
+    """
+
+    fn: HookFunction
+    order: int = EDIT
+    at_steps: frozenset[int] | None = None
+    permanent: bool = False
+    fired: bool = field(default=False, init=False)
+
+
+class HookPoint:
+    """A named place in the forward pass.
+
+    axes: names of the value's axes, separated by spaces; those that are sizes of the owning module (d_model,
+    n_heads, ...) resolve to numbers in `model.hook_points`.
+    dtype: "stream" when the value has its pathway's parameter dtype, else the name of a torch dtype.
+    stream: the token stream along the "seq" axis, the pathway's own where None.
+    per_chunk: unless edited, the value is one tensor for all denoise steps.
+    reused: the forward pass reads the value again later, so a hook gets a copy that it may change in place.
+    """
+
+    def __init__(
+        self,
+        axes: str,
+        dtype: str = "stream",
+        stream: str | None = None,
+        per_chunk: bool = False,
+        reused: bool = False,
+    ) -> None:
+        self.axes = tuple(axes.split())
+        self.stream = stream
+        self.dtype = dtype
+        self.per_chunk = per_chunk
+        self.reused = reused or per_chunk
+        self.name = ""
+        self.streams: dict[str, str] = {}
+        self.run = Run()
+        self.ctx: dict[str, Any] = {}
+        self.listeners: tuple[Listener, ...] = ()
+
+    def __call__(self, value: Tensor) -> Tensor:
+        return self._visit(value) if self.listeners else value
+
+    def __repr__(self) -> str:
+        return f"HookPoint({self.name!r}, {' '.join(self.axes)!r})"
+
+    @property
+    def pathway(self) -> str:
+        return names.pathway(self.name)
+
+    @property
+    def layer(self) -> int | None:
+        return names.layer(self.name)
+
+    @property
+    def denoise_step(self) -> int | None:
+        """0-based denoise step of the value being seen; None in what runs once per chunk."""
+        return self.run.denoise_step if names.is_denoised(self.name) else None
+
+    @property
+    def segments(self) -> Segments | None:
+        """Who owns each position along the value's token axis (patterns: the query axis); None without one."""
+        stream = next((self.streams[axis] for axis in ("seq", "query", "prefix") if axis in self.streams), None)
+        return self.run.segments[stream] if stream is not None else None
+
+    @property
+    def key_segments(self) -> Segments | None:
+        """Who owns each position along a pattern's key axis; None for other values."""
+        return self.run.segments[self.streams["key"]] if "key" in self.streams else None
+
+    def add(self, listener: Listener, prepend: bool = False) -> None:
+        """Attach a listener after (or before) the others of its order."""
+        group = (listener, *self.listeners) if prepend else (*self.listeners, listener)
+        self.listeners = tuple(sorted(group, key=lambda each: each.order))
+
+    def remove(self, listener: Listener) -> None:
+        """Detach a listener; nothing happens if it is gone already."""
+        self.listeners = tuple(each for each in self.listeners if each is not listener)
+
+    def _visit(self, value: Tensor) -> Tensor:
+        if self.reused and self.listeners[0].order == EDIT:
+            value = value.clone()
+        step = self.run.denoise_step
+        for listener in self.listeners:
+            if listener.at_steps is not None and step not in listener.at_steps:
+                continue
+            if listener.order == GRADIENT:
+                self._watch_gradient(value, listener)
+                continue
+            listener.fired = True
+            result = self._call(listener.fn, value)
+            if result is not None and listener.order == EDIT:
+                self._check(result, value)
+                value = result
+        return value
+
+    def _watch_gradient(self, value: Tensor, listener: Listener) -> None:
+        if not value.requires_grad:
+            return
+        listener.fired = True
+        step = self.run.denoise_step
+
+        def on_gradient(gradient: Tensor) -> Tensor | None:
+            before, self.run.denoise_step = self.run.denoise_step, step
+            try:
+                result = self._call(listener.fn, gradient)
+            finally:
+                self.run.denoise_step = before
+            if result is not None:
+                self._check(result, gradient)
+            return result
+
+        value.register_hook(on_gradient)
+
+    def _call(self, fn: HookFunction, value: Tensor) -> Tensor | None:
+        # a compiled graph has no Python frame to annotate
+        if torch.compiler.is_compiling():
+            return fn(value, self)
+        try:
+            return fn(value, self)
+        except Exception as error:
+            step = "" if self.denoise_step is None else f", denoise step {self.denoise_step}"
+            error.add_note(f"raised by hook {getattr(fn, '__name__', repr(fn))!r} at {self.name}{step}")
+            raise
+
+    def _check(self, result: Tensor, value: Tensor) -> None:
+        if not isinstance(result, Tensor):
+            raise TypeError(
+                f"hook at {self.name} returned {type(result).__name__}; expected a Tensor, or None to keep the value"
+            )
+        if result.shape != value.shape:
+            raise ValueError(
+                f"hook at {self.name} returned shape {tuple(result.shape)}; "
+                f"expected {tuple(value.shape)} ({' '.join(self.axes)})"
+            )
+        if result.dtype != value.dtype:
+            raise ValueError(f"hook at {self.name} returned dtype {result.dtype}; expected {value.dtype}")
+        if result.device != value.device:
+            raise ValueError(f"hook at {self.name} returned a tensor on {result.device}; expected {value.device}")

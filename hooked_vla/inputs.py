@@ -1,0 +1,148 @@
+"""What goes into a policy and what comes out: observations, model inputs, actions, and who owns each token.
+
+Observation and Actions are what a user holds; ModelInputs is what a network's forward pass reads, after the
+checkpoint's own preprocessing. Segments says, for one token stream, which positions are which camera's image
+tokens, language, state, action or padding; caches and edits select by it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+PAD = "pad"
+LANGUAGE = "language"
+STATE = "state"
+ACTION = "action"
+SPECIAL = "special"
+
+
+def image_segment(camera: str) -> str:
+    """Segment name of one camera's tokens, e.g. `image:top`."""
+    return f"image:{camera}"
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One raw observation, or a batch of them, as a robot or simulator gives it.
+
+    images: camera name -> uint8 [H W 3] or [B H W 3] in 0..255, or float [3 H W] or [B 3 H W] in 0..1.
+    state: proprioception in the robot's own units, [d_state] or [B d_state].
+    instruction: one string for every row, or one string a row.
+    image_masks: camera name -> bool [B]; False hides that camera from the model in that row.
+    """
+
+    images: Mapping[str, Any]
+    state: Any
+    instruction: str | Sequence[str]
+    image_masks: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Actions:
+    """A chunk of actions.
+
+    chunk: [batch step d_action] in the robot's units, or normalised when the batch came already preprocessed.
+    normalized: the same steps as the network produced them, before un-normalisation.
+    """
+
+    chunk: Float[Tensor, "batch step d_action"]
+    normalized: Float[Tensor, "batch step d_action"]
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """A preprocessed batch, everything on the model's device; rows are independent."""
+
+    images: Float[Tensor, "batch camera channel height width"]
+    image_mask: Bool[Tensor, "batch camera"]
+    tokens: Int[Tensor, "batch text"]
+    token_mask: Bool[Tensor, "batch text"]
+    state: Float[Tensor, "batch d_state"]
+    cameras: tuple[str, ...]
+
+    @property
+    def batch_size(self) -> int:
+        return self.tokens.shape[0]
+
+    def rows(self, rows: Sequence[int] | slice) -> "ModelInputs":
+        """The same inputs for some batch rows only."""
+        pick = rows if isinstance(rows, slice) else list(rows)
+        names = ("images", "image_mask", "tokens", "token_mask", "state")
+        return replace(self, **{name: getattr(self, name)[pick] for name in names})
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Which token positions of a stream belong to what, for every row.
+
+    names: the segments of the stream, in order of first position; "pad" marks positions that are masked.
+    labels: index into `names` for each row and position.
+    row_axis: "batch", or "image" where each row of the stream is one camera's image of one batch row.
+    """
+
+    names: tuple[str, ...]
+    labels: Int[Tensor, "rows seq"]
+    row_axis: str = "batch"
+
+    @classmethod
+    def from_spans(
+        cls, spans: Sequence[tuple[str, int]], batch: int, valid: Bool[Tensor, "batch seq"] | None = None
+    ) -> "Segments":
+        """Segments of a stream laid out as consecutive (name, length) spans; where `valid` is False, "pad"."""
+        names = tuple(dict.fromkeys([*(name for name, _ in spans), PAD]))
+        index = torch.cat([torch.full((length,), names.index(name)) for name, length in spans])
+        labels = index.expand(batch, -1)
+        if valid is not None:
+            labels = labels.to(valid.device).masked_fill(~valid, names.index(PAD))
+        return cls(names, labels)
+
+    @classmethod
+    def concatenate(cls, first: "Segments", second: "Segments") -> "Segments":
+        """The stream that has the tokens of `first` followed by those of `second`."""
+        names = tuple(dict.fromkeys(first.names + second.names))
+        parts = []
+        for part in (first, second):
+            lookup = torch.tensor([names.index(name) for name in part.names], device=part.labels.device)
+            parts.append(lookup[part.labels].to(first.labels.device))
+        return cls(names, torch.cat(parts, dim=1), first.row_axis)
+
+    def present(self) -> list[str]:
+        """The segments that own at least one position in some row."""
+        return [name for i, name in enumerate(self.names) if bool((self.labels == i).any())]
+
+    def mask(self, name: str) -> Bool[Tensor, "rows seq"]:
+        """True where a position belongs to the segment `name`; a name ending in "*" takes every match.
+
+        Raises KeyError, with the stream's segments, when there is no such segment.
+        """
+        if name.endswith("*"):
+            chosen = [i for i, other in enumerate(self.names) if other.startswith(name[:-1])]
+        else:
+            chosen = [i for i, other in enumerate(self.names) if other == name]
+        if not chosen:
+            raise KeyError(f"no token segment {name!r} in this stream; it has {list(self.names)}")
+        mask = torch.zeros_like(self.labels, dtype=torch.bool)
+        for i in chosen:
+            mask |= self.labels == i
+        return mask
+
+    def positions(self, name: str) -> list[Int[Tensor, " n"]]:
+        """Positions of the segment in each row; rows may differ in number."""
+        return [row.nonzero().flatten() for row in self.mask(name)]
+
+    def spans(self, row: int = 0) -> list[tuple[str, int, int]]:
+        """Runs of equal label in one row as (name, start, stop)."""
+        labels = self.labels[row].tolist()
+        starts = [i for i in range(len(labels)) if i == 0 or labels[i] != labels[i - 1]]
+        return [
+            (self.names[labels[start]], start, stop)
+            for start, stop in zip(starts, [*starts[1:], len(labels)], strict=True)
+        ]
+
+    def rows(self, rows: Sequence[int] | slice) -> "Segments":
+        """The same segments for some rows only."""
+        return replace(self, labels=self.labels[rows if isinstance(rows, slice) else list(rows)])

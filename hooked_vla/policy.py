@@ -1,0 +1,302 @@
+"""From observations to network inputs and from network outputs to actions, as the checkpoint says.
+
+Normalisation, image preprocessing, prompt and tokenization live here. A raw observation (with an instruction) gets
+all of them; a batch that carries token ids is already past the checkpoint's preprocessor, as in LeRobot, so its
+state is taken as normalised and the actions are returned normalised.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from hooked_vla import lerobot
+from hooked_vla.inputs import ModelInputs, Observation
+from hooked_vla.spec import FeatureSpec
+
+logger = logging.getLogger(__name__)
+
+# mode -> (statistic subtracted, statistic that ends the range); LeRobot: processor/normalize_processor.py
+_RANGES = {"MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90")}
+_ROUNDING = 1e-3
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """LeRobot's normalisation: per feature a mode and its statistics; a feature without statistics passes unchanged.
+
+    MEAN_STD: (x - mean) / (std + eps). MIN_MAX, QUANTILES, QUANTILE10: the range goes to -1..1.
+    """
+
+    modes: Mapping[str, str]
+    statistics: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    eps: float = 1e-8
+
+    def __call__(self, key: str, value: Tensor) -> Tensor:
+        mode, stats = self.modes.get(key, "IDENTITY"), self._stats(key, value)
+        if mode == "IDENTITY" or not stats:
+            return value
+        if mode == "MEAN_STD":
+            return (value - stats["mean"]) / (stats["std"] + self.eps)
+        low, span = self._range(key, mode, stats)
+        return 2 * (value - low) / span - 1
+
+    def inverse(self, key: str, value: Tensor) -> Tensor:
+        """Undo the normalisation."""
+        mode, stats = self.modes.get(key, "IDENTITY"), self._stats(key, value)
+        if mode == "IDENTITY" or not stats:
+            return value
+        if mode == "MEAN_STD":
+            return value * stats["std"] + stats["mean"]
+        low, span = self._range(key, mode, stats)
+        return (value + 1) / 2 * span + low
+
+    def _stats(self, key: str, value: Tensor) -> dict[str, Tensor]:
+        return {name: each.to(value) for name, each in self.statistics.get(key, {}).items()}
+
+    def _range(self, key: str, mode: str, stats: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        if mode not in _RANGES:
+            raise ValueError(f"unknown normalisation {mode!r} for {key!r}; known: MEAN_STD, {', '.join(_RANGES)}")
+        low, high = (stats[name] for name in _RANGES[mode])
+        span = high - low
+        return low, torch.where(span == 0, torch.full_like(span, self.eps), span)
+
+
+class Tokenizer:
+    """Instruction text to padded ids, by the tokenizer that the checkpoint brings or names; loaded on first use."""
+
+    def __init__(self, features: FeatureSpec, folder: Path | None) -> None:
+        self.features, self.folder = features, folder
+        self._tokenizer: Any = None
+
+    def __call__(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """ids [B, text] and mask [B, text].
+
+        Raises ValueError for an instruction of more tokens than the model was made for.
+        """
+        tokenizer = self.load()
+        prompts = [text if text.endswith("\n") else f"{text}\n" for text in instructions]
+        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+        for text, each in zip(instructions, ids, strict=True):
+            if len(each) > self.features.max_text:
+                raise ValueError(
+                    f"instruction of {len(each)} tokens, but the model takes {self.features.max_text}: {text!r}"
+                )
+        longest = max(len(each) for each in ids)
+        length = self.features.max_text if self.features.pad_text == "max_length" else longest
+        padded = torch.full((len(ids), length), tokenizer.pad_token_id or 0, dtype=torch.long)
+        mask = torch.zeros(len(ids), length, dtype=torch.bool)
+        for row, each in enumerate(ids):
+            padded[row, : len(each)] = torch.tensor(each, dtype=torch.long)
+            mask[row, : len(each)] = True
+        return padded, mask
+
+    def load(self) -> Any:
+        """The Hugging Face tokenizer.
+
+        Raises OSError saying where it was looked for.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = byte_tokenizer() if self.features.tokenizer == "bytes" else self._from_files()
+        return self._tokenizer
+
+    def _from_files(self) -> Any:
+        from transformers import AutoTokenizer
+
+        named = self.features.tokenizer
+        places = [] if self.folder is None else [self.folder, self.folder / named]
+        local = [place for place in places if any(place.glob("tokenizer*.json"))]
+        source = str(local[0]) if local else named
+        try:
+            return AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"no tokenizer in {[str(place) for place in places]} and none from the hub under {named!r}; "
+                f"put its files beside config.json, or pass token ids as {lerobot.OBS_TOKENS!r} and "
+                f"{lerobot.OBS_TOKEN_MASK!r}"
+            ) from error
+
+
+def byte_tokenizer() -> Any:
+    """One token a UTF-8 byte, then id 256 for padding: for small models that bring no vocabulary."""
+    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocabulary["<pad>"] = len(vocabulary)
+    tokenizer = FastTokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
+
+
+def resize_with_pad(
+    images: Float[Tensor, "batch 3 height width"], width: int, height: int
+) -> Float[Tensor, "batch 3 new_height new_width"]:
+    """Scale to fit, keeping the aspect, and pad with 0 on the left and top (LeRobot: vla_utils.resize_with_pad)."""
+    old_height, old_width = images.shape[-2:]
+    if (old_height, old_width) == (height, width):
+        return images
+    ratio = max(old_width / width, old_height / height)
+    size = (int(old_height / ratio), int(old_width / ratio))
+    fitted = functional.interpolate(images, size=size, mode="bilinear", align_corners=False)
+    return functional.pad(fitted, (width - size[1], 0, height - size[0], 0))
+
+
+class Processor:
+    """Observation or LeRobot batch to ModelInputs, and network actions back to the robot's units.
+
+    d_state: padded width that the network takes. d_vocab: number of token ids it knows.
+    """
+
+    def __init__(
+        self, features: FeatureSpec, normalizer: Normalizer, tokenizer: Tokenizer, d_state: int, d_vocab: int
+    ) -> None:
+        self.features, self.normalizer, self.tokenizer = features, normalizer, tokenizer
+        self.d_state, self.d_vocab = d_state, d_vocab
+
+    def __call__(self, obs: Observation | Mapping[str, Any], device: torch.device) -> tuple[ModelInputs, bool]:
+        """Inputs for the network, and whether the batch was raw (its actions are then to be un-normalised).
+
+        Raises KeyError for a missing camera or entry, ValueError for one of the wrong shape, range or width or
+        with NaN, TypeError for a wrong dtype; the message names the entry and what was expected.
+        """
+        if isinstance(obs, ModelInputs):
+            return obs, False
+        if isinstance(obs, Observation):
+            obs = _as_batch(obs)
+        raw = lerobot.OBS_TOKENS not in obs
+        state = self._state(obs)
+        state = self.normalizer(lerobot.OBS_STATE, state) if raw else state
+        tokens, token_mask = self._text(obs, batch=state.shape[0])
+        images, image_mask, cameras = self._images(obs, batch=state.shape[0], raw=raw)
+        inputs = ModelInputs(
+            images=images.to(device),
+            image_mask=image_mask.to(device),
+            tokens=tokens.to(device),
+            token_mask=token_mask.to(device),
+            state=functional.pad(state, (0, self.d_state - state.shape[-1])).to(device),
+            cameras=cameras,
+        )
+        return inputs, raw
+
+    def actions(self, padded: Float[Tensor, "batch step d_padded"], raw: bool) -> tuple[Tensor, Tensor]:
+        """The real dimensions, in the robot's units (or normalised, for a batch that came preprocessed), and
+        normalised."""
+        normalized = padded[..., : self.features.d_action]
+        return (self.normalizer.inverse(lerobot.ACTION, normalized) if raw else normalized), normalized
+
+    def _state(self, obs: Mapping[str, Any]) -> Float[Tensor, "batch d_state"]:
+        state = _tensor(obs, lerobot.OBS_STATE)
+        if not state.is_floating_point():
+            raise TypeError(f"{lerobot.OBS_STATE} must be floating point, got {state.dtype}")
+        state = state[:, -1] if state.ndim == 3 else state
+        if state.ndim != 2 or state.shape[-1] not in (self.features.d_state, self.d_state):
+            raise ValueError(
+                f"{lerobot.OBS_STATE} must be [batch, {self.features.d_state}], got {list(state.shape)}"
+            )
+        if state.shape[0] == 0:
+            raise ValueError("empty batch: the observation has 0 rows")
+        if not state.isfinite().all():
+            raise ValueError(f"{lerobot.OBS_STATE} has NaN or infinite values")
+        return state.float()
+
+    def _text(self, obs: Mapping[str, Any], batch: int) -> tuple[Tensor, Tensor]:
+        if lerobot.OBS_TOKENS not in obs:
+            return self.tokenizer(_instructions(obs, batch))
+        tokens = _tensor(obs, lerobot.OBS_TOKENS)
+        mask = _tensor(obs, lerobot.OBS_TOKEN_MASK).bool()
+        if tokens.is_floating_point() or tokens.shape != mask.shape or tokens.ndim != 2 or len(tokens) != batch:
+            raise ValueError(
+                f"{lerobot.OBS_TOKENS} must be integers [{batch}, text] with a mask of the same shape; got "
+                f"{tokens.dtype} {list(tokens.shape)} and mask {list(mask.shape)}"
+            )
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.d_vocab:
+            raise ValueError(f"{lerobot.OBS_TOKENS} must be ids in 0..{self.d_vocab - 1}")
+        return tokens.long(), mask
+
+    def _images(self, obs: Mapping[str, Any], batch: int, raw: bool) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+        present = [camera for camera in self.features.cameras if lerobot.image_key(camera) in obs]
+        missing = [camera for camera in self.features.cameras if camera not in present]
+        if not present or len(missing) > self.features.empty_cameras:
+            raise KeyError(
+                f"missing cameras {missing}: expected {[lerobot.image_key(c) for c in missing]} in the observation, "
+                f"which has {sorted(key for key in obs if 'image' in key)}"
+            )
+        images, seen = {}, {}
+        for camera in present:
+            image = check_image(camera, _tensor(obs, lerobot.image_key(camera)), batch)
+            image = self.normalizer(lerobot.image_key(camera), image) if raw else image
+            if self.features.resize is not None:
+                image = resize_with_pad(image, *self.features.resize)
+            images[camera] = image * 2 - 1
+            mask = obs.get(lerobot.image_mask_key(camera))
+            seen[camera] = torch.ones(batch, dtype=torch.bool) if mask is None else torch.as_tensor(mask).bool().cpu()
+        sizes = {camera: tuple(image.shape[-2:]) for camera, image in images.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"without resizing, all cameras need one image size; got {sizes}")
+        for camera in missing:
+            # a camera that the robot lacks: a blank image that no token attends to
+            images[camera] = torch.full_like(images[present[0]], -1.0)
+            seen[camera] = torch.zeros(batch, dtype=torch.bool)
+        order = (*present, *missing)
+        return torch.stack([images[c] for c in order], dim=1), torch.stack([seen[c] for c in order], dim=1), order
+
+
+def check_image(camera: str, image: Tensor, batch: int) -> Float[Tensor, "batch 3 height width"]:
+    """A camera's images as float32 in 0..1.
+
+    Raises TypeError or ValueError naming the camera and what was expected.
+    """
+    image = image[:, -1] if image.ndim == 5 else image
+    if image.ndim != 4 or image.shape[1] != 3 or image.shape[0] != batch:
+        raise ValueError(f"camera {camera!r}: images must be [{batch}, 3, height, width], got {list(image.shape)}")
+    if not image.is_floating_point():
+        raise TypeError(f"camera {camera!r}: images [B 3 H W] must be floats in 0..1, got {image.dtype}")
+    if not image.isfinite().all():
+        raise ValueError(f"camera {camera!r}: images have NaN or infinite values")
+    low, high = image.aminmax()
+    if low < -_ROUNDING or high > 1 + _ROUNDING:
+        raise ValueError(f"camera {camera!r}: images must be in 0..1, got {float(low):g}..{float(high):g}")
+    return image.float()
+
+
+def _tensor(obs: Mapping[str, Any], key: str) -> Tensor:
+    if key not in obs:
+        raise KeyError(f"the observation has no {key!r}; it has {sorted(obs)}")
+    return torch.as_tensor(obs[key])
+
+
+def _instructions(obs: Mapping[str, Any], batch: int) -> list[str]:
+    if lerobot.TASK not in obs:
+        raise KeyError(f"the observation has neither {lerobot.TASK!r} nor {lerobot.OBS_TOKENS!r}; it has {sorted(obs)}")
+    task = obs[lerobot.TASK]
+    instructions = [task] * batch if isinstance(task, str) else list(task)
+    if len(instructions) != batch or not all(isinstance(text, str) for text in instructions):
+        raise ValueError(f"{lerobot.TASK!r} must be a string or {batch} strings, got {task!r}")
+    return instructions
+
+
+def _as_batch(obs: Observation) -> dict[str, Any]:
+    """An Observation in LeRobot's keys, batched, with byte images scaled to 0..1 and channels first."""
+    state = torch.as_tensor(np.asarray(obs.state) if not isinstance(obs.state, Tensor) else obs.state)
+    batch: dict[str, Any] = {lerobot.TASK: obs.instruction, lerobot.OBS_STATE: state[None] if state.ndim == 1 else state}
+    for camera, value in obs.images.items():
+        image = value if isinstance(value, Tensor) else torch.as_tensor(np.ascontiguousarray(value))
+        image = image[None] if image.ndim == 3 else image
+        if image.dtype == torch.uint8:
+            if image.ndim != 4 or image.shape[-1] != 3:
+                raise ValueError(f"camera {camera!r}: uint8 images must be [H W 3] or [B H W 3], got {list(image.shape)}")
+            image = image.permute(0, 3, 1, 2) / 255
+        batch[lerobot.image_key(camera)] = image
+    for camera, mask in (obs.image_masks or {}).items():
+        batch[lerobot.image_mask_key(camera)] = mask
+    return batch

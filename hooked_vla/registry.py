@@ -1,0 +1,60 @@
+"""Finding models: every file of model_specs is one, its family module is the file of that name in models."""
+
+import importlib
+import pkgutil
+from functools import cache
+from types import ModuleType
+
+from torch import nn
+
+from hooked_vla import model_specs
+from hooked_vla.spec import VLASpec
+
+SIZES = ("full", "tiny")
+
+
+@cache
+def _spec_modules() -> dict[str, ModuleType]:
+    found = [importlib.import_module(info.name) for info in pkgutil.iter_modules(model_specs.__path__, "hooked_vla.model_specs.")]
+    return {module.SPEC.name: module for module in sorted(found, key=lambda module: module.SPEC.name)}
+
+
+def list_models() -> list[str]:
+    """Names of all models."""
+    return list(_spec_modules())
+
+
+def get_spec(name: str, size: str = "full") -> VLASpec:
+    """The spec of a model at its published size, or its "tiny" sibling with the same wiring.
+
+    Raises ValueError naming the known models or sizes.
+    """
+    if name not in _spec_modules():
+        raise ValueError(f"unknown model {name!r}; known models: {list_models()}")
+    if size not in SIZES:
+        raise ValueError(f"unknown size {size!r}; sizes: {list(SIZES)}")
+    module = _spec_modules()[name]
+    return module.SPEC if size == "full" else module.TINY
+
+
+def spec_for_config_type(config_type: object) -> VLASpec:
+    """The spec whose public config.json says `"type": config_type`.
+
+    Raises ValueError with the known types for any other.
+    """
+    specs = [get_spec(name) for name in list_models()]
+    for spec in specs:
+        if spec.config_type == config_type:
+            return spec
+    known = sorted({spec.config_type for spec in specs})
+    raise ValueError(f"config.json says type {config_type!r}; known families of checkpoints: {known}")
+
+
+def family(spec: VLASpec) -> ModuleType:
+    """The module in models/ that wires this spec; it has NETWORK, read_spec and write_config."""
+    return importlib.import_module(f"hooked_vla.models.{spec.family}")
+
+
+def build_network(spec: VLASpec) -> nn.Module:
+    """The network of a spec, initialised by PyTorch's defaults."""
+    return family(spec).NETWORK(spec)

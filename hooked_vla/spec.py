@@ -1,0 +1,154 @@
+"""Frozen descriptions of models: sizes, choices between components, key rules. Standard library only.
+
+A file in model_specs holds one literal VLASpec at the published size. Loading a checkpoint replaces the sizes in
+it by those that the checkpoint states; nothing else is decided anywhere but here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """A pre-norm vision transformer. image_size is that of the position table, in pixels."""
+
+    image_size: int
+    patch_size: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    d_mlp: int
+    act: str
+    eps: float
+
+
+@dataclass(frozen=True)
+class ConnectorSpec:
+    """Space-to-depth by `scale` on both sides, then one linear map to the language width."""
+
+    scale: int
+    bias: bool
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """A pre-norm RMSNorm transformer with grouped-query attention, rotary positions and a gated MLP."""
+
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_mlp: int
+    act: str
+    eps: float
+    rope_base: float
+    d_vocab: int | None = None
+
+
+@dataclass(frozen=True)
+class ExpertSpec:
+    """An action expert that reads the language model's cached keys and values.
+
+    schedule: per layer "joint" (attends to prefix and own tokens) or "cross" (attends to the prefix only).
+    """
+
+    decoder: DecoderSpec
+    schedule: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FlowSpec:
+    """Flow matching from noise (t = 1) to actions (t = 0) by Euler steps; widths are the padded ones."""
+
+    n_steps: int
+    chunk: int
+    d_action: int
+    d_state: int
+    min_period: float
+    max_period: float
+
+
+@dataclass(frozen=True)
+class PrefixSpec:
+    """Layout of the language model's tokens: how the prefix is put together.
+
+    image_start, image_end: token ids around each image; empty when the images stand bare.
+    min_length: the prefix is padded up to this many tokens; -1 or 0 for no padding.
+    """
+
+    image_start: tuple[int, ...] = ()
+    image_end: tuple[int, ...] = ()
+    min_length: int = -1
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """What the robot side looks like; a checkpoint's own files decide it.
+
+    cameras: names in the order that the model reads them. resize: (width, height) or None.
+    d_state, d_action: the robot's real widths. normalization: feature kind -> LeRobot's mode name.
+    empty_cameras: how many missing cameras may be replaced by masked blank images.
+    """
+
+    cameras: tuple[str, ...]
+    d_state: int
+    d_action: int
+    resize: tuple[int, int] | None
+    empty_cameras: int
+    n_action_steps: int
+    max_text: int
+    pad_text: str
+    tokenizer: str
+    normalization: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CheckpointSpec:
+    """One published checkpoint and what distinguishes it."""
+
+    repo_id: str
+    note: str
+
+
+@dataclass(frozen=True)
+class VLASpec:
+    """Everything that decides what a model is.
+
+    family names the file in models/; config_type is how the public config.json announces it. keys maps the
+    public checkpoint's key prefix -> rest of key -> our parameter name ("{}" stands for a layer number; a tuple
+    offers alternatives, the one that exists is meant; None means known and dropped). fp32 lists the modules that
+    stay in float32 whatever the model's dtype.
+    """
+
+    name: str
+    family: str
+    config_type: str
+    description: str
+    paper: str
+    licence: str
+    source: str
+    n_parameters: int
+    checkpoints: tuple[CheckpointSpec, ...]
+    vision: VisionSpec
+    connector: ConnectorSpec
+    vlm: DecoderSpec
+    expert: ExpertSpec
+    flow: FlowSpec
+    prefix: PrefixSpec
+    features: FeatureSpec
+    keys: Mapping[str, Mapping[str, str | tuple[str, ...] | None]]
+    fp32: tuple[str, ...]
+
+    def geometry(self) -> dict[str, dict[str, object]]:
+        """The sizes that a public config.json leaves out, as `geometry.json` holds them."""
+        return {
+            "vision": asdict(self.vision),
+            "connector": asdict(self.connector),
+            "vlm": asdict(self.vlm),
+            "expert": {**asdict(self.expert.decoder), "schedule": list(self.expert.schedule)},
+            "prefix": {
+                "image_start": list(self.prefix.image_start),
+                "image_end": list(self.prefix.image_end),
+            },
+        }
