@@ -147,6 +147,10 @@ class HookedVLA(HookedModel):
         return self.net.segments(inputs)
 
     @property
+    def dead_ends(self) -> Sequence[str]:
+        return self.net.dead_ends
+
+    @property
     def n_denoise_steps(self) -> int:
         return self.net.n_denoise_steps
 

@@ -8,7 +8,7 @@ stacked when first asked for.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,74 +21,75 @@ TOKEN_AXES = ("seq", "query", "key", "prefix")
 ROW_AXES = ("batch", "image")
 
 
-class Activation(torch.Tensor):
-    """A cached tensor that can be cut by token segment; every operation on it returns a plain tensor."""
+if TYPE_CHECKING:
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    class Activation(Tensor):
+        """A cached tensor: an ordinary torch.Tensor that carries three attributes."""
 
-    site: str
-    axes: tuple[str, ...]
-    token_segments: Mapping[str, Segments]
+        site: str
+        axes: tuple[str, ...]
 
-    def segment(self, name: str, axis: str | None = None, pad_value: float | None = None) -> Tensor:
-        """The positions of one token segment.
+        def segment(self, name: str, axis: str | None = None, pad_value: float | None = None) -> Tensor:
+            """See SegmentView."""
+            ...
+
+else:
+    # instance attributes rather than a subclass: a subclass would not pass through torch.compile
+    Activation = Tensor
+
+
+class SegmentView:
+    """`activation.segment(...)`: the positions of one token segment of a cached tensor."""
+
+    def __init__(self, tensor: Tensor, site: str, entry: "Entry", table: SegmentTable) -> None:
+        self._tensor, self._site, self._entry, self._table = tensor, site, entry, table
+
+    def __call__(self, name: str, axis: str | None = None, pad_value: float | None = None) -> Tensor:
+        """The tokens of the segment, other axes unchanged.
 
         name: "language", "image:top", "image:*", ... axis: which token axis, needed where there are several
         (patterns have "query" and "key"). Rows whose segments differ in length are padded on the right with
         pad_value. In streams with a row per camera image, rows without the segment are left out.
         Raises KeyError for an unknown segment, ValueError where an axis or pad_value is needed.
         """
-        segments, axis = self._segments_on(axis)
+        tensor, axis = self._tensor, self._token_axis(axis)
+        segments = self._table[self._entry.streams[axis]]
         positions = segments.positions(name)
         rows = [i for i, p in enumerate(positions) if len(p) or segments.row_axis == "batch"]
         lengths = [len(positions[i]) for i in rows]
-        plain = self.as_subclass(torch.Tensor)
-        row_dim, token_dim = self._dim(ROW_AXES), self.axes.index(axis)
-        parts = [plain.select(row_dim, i).index_select(token_dim - 1, positions[i].to(plain.device)) for i in rows]
+        row_dim = next(i for i, each in enumerate(self._entry.axes) if each in ROW_AXES)
+        token_dim = self._entry.axes.index(axis) - 1
+        parts = [tensor.select(row_dim, i).index_select(token_dim, positions[i].to(tensor.device)) for i in rows]
         if len(set(lengths)) > 1:
             if pad_value is None:
                 raise ValueError(
-                    f"segment {name!r} of {self.site} has {lengths} tokens in rows {rows}; "
+                    f"segment {name!r} of {self._site} has {lengths} tokens in rows {rows}; "
                     "pass pad_value= to pad them to one length, or slice the cache by row first"
                 )
-            parts = [_pad_to(part, token_dim - 1, max(lengths), pad_value) for part in parts]
+            parts = [_pad_to(part, token_dim, max(lengths), pad_value) for part in parts]
         return torch.stack(parts, dim=row_dim)
 
-    def _segments_on(self, axis: str | None) -> tuple[Segments, str]:
-        if axis is None:
-            if len(self.token_segments) != 1:
-                raise ValueError(
-                    f"{self.site} has axes {self.axes}; pass axis= one of {sorted(self.token_segments) or 'none'}"
-                )
-            axis = next(iter(self.token_segments))
-        if axis not in self.token_segments:
-            raise ValueError(f"{self.site} has no token axis {axis!r}; it has {sorted(self.token_segments)}")
-        return self.token_segments[axis], axis
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a saved or copied tensor leaves its run behind
+        return (_no_segments, ())
 
-    def _dim(self, choices: Sequence[str]) -> int:
-        return next(i for i, axis in enumerate(self.axes) if axis in choices)
+    def _token_axis(self, axis: str | None) -> str:
+        choices = sorted(self._entry.streams)
+        if axis is None and len(choices) == 1:
+            return choices[0]
+        if axis not in choices:
+            raise ValueError(f"{self._site} has axes {self._entry.axes}: pass axis=, one of its token axes {choices}")
+        return axis
+
+
+def _no_segments() -> None:
+    return None
 
 
 def _pad_to(part: Tensor, dim: int, length: int, value: float) -> Tensor:
     missing = list(part.shape)
     missing[dim] = length - part.shape[dim]
     return torch.cat([part, part.new_full(missing, value)], dim=dim)
-
-
-class _TokenSegments(Mapping[str, Segments]):
-    """axis -> Segments of one cached tensor, looked up when asked for."""
-
-    def __init__(self, table: SegmentTable, streams: Mapping[str, str]) -> None:
-        self._table, self._streams = table, streams
-
-    def __getitem__(self, axis: str) -> Segments:
-        return self._table[self._streams[axis]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._streams)
-
-    def __len__(self) -> int:
-        return len(self._streams)
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,11 @@ class ActivationCache(Mapping[str, Activation]):
         name = self.aliases.get(name, name)
         if name not in self.parts:
             raise KeyError(f"{name!r} is not cached; nearest: {hook_names.nearest(name, self.parts)}")
-        entry = self.entries[name]
-        activation = self._tensor(name).as_subclass(Activation)
+        entry, stored = self.entries[name], self._tensor(name)
+        # a view of its own: attributes on the stored tensor would refer back to it and keep it alive
+        activation: Any = stored.view_as(stored)
         activation.site, activation.axes = name, entry.axes
-        activation.token_segments = _TokenSegments(self.segments, entry.streams)
+        activation.segment = SegmentView(stored, name, entry, self.segments)
         return activation
 
     def __iter__(self) -> Iterator[str]:

@@ -28,7 +28,8 @@ class HookSite:
     """What is known of a hook point before any run.
 
     shape: numbers where the model fixes the size, axis names where the inputs do. denoised: fires once per denoise
-    step, and has a leading denoise axis in a cache.
+    step, and has a leading denoise axis in a cache. reaches_action: False for a dead end, a value that no action
+    depends on.
     """
 
     name: str
@@ -38,6 +39,7 @@ class HookSite:
     meaning: str
     pathway: str
     denoised: bool
+    reaches_action: bool
 
 
 class Hook:
@@ -94,6 +96,11 @@ class HookedModel(nn.Module):
         raise NotImplementedError
 
     @property
+    def dead_ends(self) -> Sequence[str]:
+        """Names and globs of the points whose values reach no action."""
+        raise NotImplementedError
+
+    @property
     def n_denoise_steps(self) -> int:
         """How often the expert runs per action chunk."""
         raise NotImplementedError
@@ -123,6 +130,7 @@ class HookedModel(nn.Module):
         """Every hook point with its shape, dtype, axes and meaning."""
         dtypes = {name: _stream_dtype(part) for name, part in self.net.named_children()}
         owners = dict(self.net.named_modules())
+        dead_ends = set(hook_names.resolve(self.dead_ends, list(self._points))) if self.dead_ends else set()
         sites = {}
         for name, point in self._points.items():
             way = hook_names.pathway(name)
@@ -135,6 +143,7 @@ class HookedModel(nn.Module):
                 meaning=hook_names.meaning(name),
                 pathway=way,
                 denoised=hook_names.is_denoised(name),
+                reaches_action=name not in dead_ends,
             )
         return sites
 

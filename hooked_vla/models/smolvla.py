@@ -234,6 +234,18 @@ class SmolVLA(nn.Module):
     def n_denoise_steps(self) -> int:
         return self.head.n_steps
 
+    @property
+    def dead_ends(self) -> list[str]:
+        """Only keys and values of the prefix reach the expert: of its last layer, nothing else matters."""
+        last = f"vlm.blocks.{len(self.vlm.blocks) - 1}"
+        after_kv = ["hook_q", "hook_rot_q", "hook_attn_scores", "hook_pattern", "hook_z"]
+        return [
+            *(f"{last}.attn.{leaf}" for leaf in after_kv),
+            *(f"{last}.{rest}" for rest in ("hook_attn_out", "hook_resid_mid", "ln2.*", "mlp.*", "hook_mlp_out")),
+            f"{last}.hook_resid_post",
+            "vlm.ln_final.*",
+        ]
+
     def sample_actions(
         self, inputs: ModelInputs, noise: Float[Tensor, "batch chunk d_action"], run: Run
     ) -> Float[Tensor, "batch chunk d_action"]:

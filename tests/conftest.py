@@ -1,0 +1,88 @@
+"""Shared models and inputs: the recorded public checkpoint, and a small random model with raw observations."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hooked_vla import HookedVLA, Observation
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    # shared cores: small operations stall when they wait for a second thread
+    torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A tiny checkpoint in its public layout, its batch, and what the public implementation made of it."""
+
+    folder: Path
+    batch: dict[str, Tensor]
+    noise: Tensor
+    recorded: dict[str, Tensor]
+
+    @property
+    def actions(self) -> Tensor:
+        return self.recorded["output.actions"]
+
+
+def read_golden(name: str) -> Golden:
+    recorded = load_file(GOLDEN / name / "golden.safetensors")
+    batch = {key.removeprefix("input."): value for key, value in recorded.items() if key.startswith("input.")}
+    return Golden(GOLDEN / name, batch, batch.pop("noise"), recorded)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Golden:
+    return read_golden("smolvla")
+
+
+@pytest.fixture(scope="session")
+def _golden_model(golden: Golden) -> HookedVLA:
+    return HookedVLA.from_pretrained(golden.folder)
+
+
+@pytest.fixture
+def golden_model(_golden_model: HookedVLA) -> HookedVLA:
+    _golden_model.reset_hooks(including_permanent=True)
+    _golden_model.reset()
+    return _golden_model
+
+
+@pytest.fixture(scope="session")
+def _tiny_model() -> HookedVLA:
+    return HookedVLA.from_spec("smolvla", size="tiny", seed=0)
+
+
+@pytest.fixture
+def tiny_model(_tiny_model: HookedVLA) -> HookedVLA:
+    _tiny_model.reset_hooks(including_permanent=True)
+    _tiny_model.reset()
+    return _tiny_model
+
+
+def make_observation(batch: int = 2, seed: int = 0, instruction: list[str] | None = None) -> Observation:
+    generator = torch.Generator().manual_seed(seed)
+    images = {
+        camera: torch.randint(0, 256, (batch, 48, 80, 3), generator=generator, dtype=torch.uint8)
+        for camera in ("agent", "wrist")
+    }
+    texts = instruction or ["put the red block on the tray", "lift"][:batch] + ["push"] * (batch - 2)
+    return Observation(images, torch.randn(batch, 4, generator=generator), texts)
+
+
+@pytest.fixture
+def observation() -> Observation:
+    return make_observation()
+
+
+@pytest.fixture
+def noise() -> Tensor:
+    return torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,55 @@
+"""The hooked forward compiles as one graph, with no hooks and with an edit, and computes what eager computes.
+
+Run by test_compile.py in a process of its own: the shape checks that tests switch on would break the graph.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_observation
+from tolerance import assert_close
+
+from hooked_vla import HookedVLA, registry
+from hooked_vla.vla import _processor
+
+
+@pytest.fixture(scope="module")
+def model() -> HookedVLA:
+    """The tiny model at the smallest depth that has every kind of layer: tracing time goes with depth × steps."""
+    tiny = registry.get_spec("smolvla", "tiny")
+    spec = replace(
+        tiny,
+        vision=replace(tiny.vision, n_layers=1),
+        vlm=replace(tiny.vlm, n_layers=2),
+        expert=replace(tiny.expert, decoder=replace(tiny.expert.decoder, n_layers=2), schedule=("joint", "cross")),
+        flow=replace(tiny.flow, n_steps=2),
+    )
+    torch.manual_seed(0)
+    return HookedVLA(spec, registry.build_network(spec), _processor(spec, None, {}, {})).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "site", [None, "expert.blocks.1.hook_resid_post", "vlm.blocks.0.attn.hook_v", "expert.blocks.0.attn.hook_pattern"]
+)
+def test_one_graph_equals_eager(model: HookedVLA, site: str | None) -> None:
+    torch._dynamo.reset()
+    inputs = model.prepare(make_observation())
+    noise = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(model.sample_actions, fullgraph=True, backend="aot_eager")
+    plain = model.sample_actions(inputs, noise)
+    edits = [] if site is None else [(site, lambda value, hook: value * 1.5 if hook.denoise_step != 1 else None)]
+    with model.hooks(edits):
+        expected = model.sample_actions(inputs, noise)
+        assert_close(compiled(inputs, noise), expected)
+    assert torch.equal(expected, plain) == (site is None)
+
+
+def test_graph_without_the_edit_comes_back(model: HookedVLA) -> None:
+    """Removing a hook recompiles rather than leaving the edit in the graph."""
+    torch._dynamo.reset()
+    inputs, noise = model.prepare(make_observation()), torch.randn(2, 8, 8)
+    compiled = torch.compile(model.sample_actions, fullgraph=True, backend="eager")
+    with model.hooks([("expert.hook_velocity", lambda value, hook: value * 0)]):
+        assert torch.equal(compiled(inputs, noise), noise)
+    assert_close(compiled(inputs, noise), model.sample_actions(inputs, noise))
