@@ -8,6 +8,7 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 PATHWAYS = {
     "vision": "image encoder; one row per camera image",
@@ -65,7 +66,7 @@ LEAVES = {
     "hook_actions": "the finished, normalised action chunk at its padded width",
 }
 
-NamesFilter = None | str | re.Pattern[str] | Sequence["NamesFilter"] | Callable[[str], bool]
+NamesFilter = None | str | re.Pattern[str] | Iterable["NamesFilter"] | Callable[[str], bool]
 
 
 def leaf(name: str) -> str:
@@ -126,11 +127,11 @@ def unknown_name(name: str, names: Iterable[str]) -> KeyError:
     return KeyError(f"no hook point matches {name!r}; nearest: {', '.join(nearest(name, names))}")
 
 
-def resolve(names_filter: NamesFilter, names: Sequence[str]) -> list[str]:
+def resolve(names_filter: Any, names: Sequence[str]) -> list[str]:
     """The hook points that a filter selects, in the model's order, each once.
 
     names_filter: None (all), a name, a glob ("vlm.blocks.*.hook_resid_post"; "*" also crosses dots), a compiled
-    regular expression (full match), a callable name -> bool, or any sequence of these.
+    regular expression (full match), a callable name -> bool, or any sequence of these (a NamesFilter).
     Raises KeyError naming a request that selects nothing, with the three nearest names; TypeError for anything
     that is not a filter.
     """
@@ -140,7 +141,7 @@ def resolve(names_filter: NamesFilter, names: Sequence[str]) -> list[str]:
     return [name for name in names if name in chosen]
 
 
-def _select(names_filter: NamesFilter, names: Sequence[str]) -> set[str]:
+def _select(names_filter: Any, names: Sequence[str]) -> set[str]:
     if names_filter is None:
         return set(names)
     if isinstance(names_filter, str):

@@ -174,7 +174,7 @@ class HookPoint:
 
         value.register_hook(on_gradient)
 
-    def _call(self, fn: HookFunction, value: Tensor) -> Tensor | None:
+    def _call(self, fn: HookFunction, value: Tensor) -> Any:
         # a compiled graph has no Python frame to annotate
         if torch.compiler.is_compiling():
             return fn(value, self)
@@ -185,7 +185,7 @@ class HookPoint:
             error.add_note(f"raised by hook {getattr(fn, '__name__', repr(fn))!r} at {self.name}{step}")
             raise
 
-    def _check(self, result: Tensor, value: Tensor) -> None:
+    def _check(self, result: Any, value: Tensor) -> None:
         if not isinstance(result, Tensor):
             raise TypeError(
                 f"hook at {self.name} returned {type(result).__name__}; expected a Tensor, or None to keep the value"
