@@ -11,6 +11,14 @@ from hooked_vla.registry import get_spec, list_models
 from hooked_vla.vla import HookedVLA
 
 __all__ = [
-    "Activation", "ActivationCache", "Actions", "HookPoint", "HookedVLA", "ModelInputs", "Observation", "Segments",
-    "get_spec", "list_models",
+    "Actions",
+    "Activation",
+    "ActivationCache",
+    "HookPoint",
+    "HookedVLA",
+    "ModelInputs",
+    "Observation",
+    "Segments",
+    "get_spec",
+    "list_models",
 ]  # fmt: skip

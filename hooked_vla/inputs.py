@@ -1,13 +1,13 @@
 """What goes into a policy and what comes out: observations, model inputs, actions, and who owns each token.
 
-Observation and Actions are what a user holds; ModelInputs is what a network's forward pass reads, after the
-checkpoint's own preprocessing. Segments says, for one token stream, which positions are which camera's image
-tokens, language, state, action or padding; caches and edits select by it.
+Observation and Actions are what a user holds; ModelInputs, with its subclasses, is what a network's forward pass
+reads, after the checkpoint's own preprocessing. Segments says, for one token stream, which positions are which
+camera's image tokens, language, state, action or padding; caches and edits select by it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +18,9 @@ LANGUAGE = "language"
 STATE = "state"
 ACTION = "action"
 SPECIAL = "special"
+
+
+Inputs = TypeVar("Inputs", bound="ModelInputs")
 
 
 def image_segment(camera: str) -> str:
@@ -55,7 +58,25 @@ class Actions:
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """A preprocessed batch, everything on the model's device; rows are independent."""
+    """A preprocessed batch, everything on the model's device; rows are independent.
+
+    Each kind of network has its own subclass; tensors with as many rows as the batch are cut by `rows`.
+    """
+
+    @property
+    def batch_size(self) -> int:
+        raise NotImplementedError
+
+    def rows(self: Inputs, rows: Sequence[int] | slice) -> Inputs:
+        """The same inputs for some batch rows only."""
+        pick = rows if isinstance(rows, slice) else list(rows)
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return replace(self, **{name: value[pick] for name, value in values.items() if isinstance(value, Tensor)})
+
+
+@dataclass(frozen=True)
+class VLAInputs(ModelInputs):
+    """Inputs of a model that reads camera images, text and proprioception."""
 
     images: Float[Tensor, "batch camera channel height width"]
     image_mask: Bool[Tensor, "batch camera"]
@@ -68,11 +89,34 @@ class ModelInputs:
     def batch_size(self) -> int:
         return self.tokens.shape[0]
 
-    def rows(self, rows: Sequence[int] | slice) -> "ModelInputs":
-        """The same inputs for some batch rows only."""
-        pick = rows if isinstance(rows, slice) else list(rows)
-        names = ("images", "image_mask", "tokens", "token_mask", "state")
-        return replace(self, **{name: getattr(self, name)[pick] for name in names})
+
+class Draws:
+    """The random numbers of one forward pass: those given, in order, or fresh ones from the global generator."""
+
+    def __init__(self, given: Tensor | Sequence[Tensor] | None, device: torch.device) -> None:
+        self.device = device
+        self.given = None if given is None else [given] if isinstance(given, Tensor) else list(given)
+        self.n_taken = 0
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """A standard-normal float32 draw.
+
+        Raises ValueError when the next given draw has another shape, or there is none.
+        """
+        if self.given is None:
+            return torch.randn(tuple(shape), device=self.device)
+        if self.n_taken == len(self.given):
+            raise ValueError(f"noise has {len(self.given)} draws, but the model needs more")
+        draw = torch.as_tensor(self.given[self.n_taken])
+        if tuple(draw.shape) != tuple(shape):
+            raise ValueError(f"noise must be {list(shape)} (draw {self.n_taken}), got {list(draw.shape)}")
+        self.n_taken += 1
+        return draw.to(device=self.device, dtype=torch.float32)
+
+    def check_used_up(self) -> None:
+        """Raises ValueError when given draws are left over."""
+        if self.given is not None and self.n_taken != len(self.given):
+            raise ValueError(f"noise has {len(self.given)} draws, but the model used {self.n_taken}")
 
 
 @dataclass(frozen=True, eq=False)

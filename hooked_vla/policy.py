@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from safetensors.torch import load
 from torch import Tensor
 from torch.nn import functional
 
 from hooked_vla import lerobot
-from hooked_vla.inputs import ModelInputs, Observation
-from hooked_vla.spec import FeatureSpec
+from hooked_vla.inputs import ModelInputs, Observation, VLAInputs
+from hooked_vla.spec import FeatureSpec, ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,27 @@ class Normalizer:
         low, high = (stats[name] for name in _RANGES[mode])
         span = high - low
         return low, torch.where(span == 0, torch.full_like(span, self.eps), span)
+
+
+def read_normalizer(
+    spec: ModelSpec, files: Mapping[str, bytes], statistics: Mapping[str, Mapping[str, Tensor]]
+) -> Normalizer:
+    """Modes from the spec's features, statistics from LeRobot's processor files or, in older layouts, the weights."""
+    features = spec.features
+    modes = {lerobot.image_key(c): features.normalization.get("VISUAL", "IDENTITY") for c in features.cameras}
+    modes[lerobot.OBS_STATE] = features.normalization.get("STATE", "IDENTITY")
+    modes[lerobot.ACTION] = features.normalization.get("ACTION", "IDENTITY")
+    values = {key: dict(each) for key, each in statistics.items()}
+    eps = Normalizer.eps
+    for file in (lerobot.PREPROCESSOR, lerobot.POSTPROCESSOR):
+        for step in lerobot.processor_steps(files[file], file) if file in files else []:
+            if step.get("registry_name") not in ("normalizer_processor", "unnormalizer_processor"):
+                continue
+            eps = step["config"].get("eps", eps)
+            for name, value in load(files[step["state_file"]]).items() if "state_file" in step else ():
+                feature, _, statistic = name.rpartition(".")
+                values.setdefault(feature, {})[statistic] = value
+    return Normalizer(modes, values, eps)
 
 
 class Tokenizer:
@@ -152,8 +174,9 @@ def resize_with_pad(
 
 
 class Processor:
-    """Observation or LeRobot batch to ModelInputs, and network actions back to the robot's units.
+    """Observation or LeRobot batch to VLAInputs, and network actions back to the robot's units.
 
+    A family whose public entry point takes something else subclasses this in processors/<family>.py.
     d_state: padded width that the network takes. d_vocab: number of token ids it knows.
     """
 
@@ -163,7 +186,23 @@ class Processor:
         self.features, self.normalizer, self.tokenizer = features, normalizer, tokenizer
         self.d_state, self.d_vocab = d_state, d_vocab
 
-    def __call__(self, obs: Observation | Mapping[str, Any], device: torch.device) -> tuple[ModelInputs, bool]:
+    @classmethod
+    def from_files(
+        cls,
+        spec: Any,
+        folder: Path | None,
+        files: Mapping[str, bytes],
+        statistics: Mapping[str, Mapping[str, Tensor]],
+    ) -> "Processor":
+        """The processor of a checkpoint: its small files by name, and statistics found among its weights."""
+        normalizer = read_normalizer(spec, files, statistics)
+        bare = [key for key, m in normalizer.modes.items() if m != "IDENTITY" and key not in normalizer.statistics]
+        if bare and folder is not None:
+            logger.warning("no statistics in the checkpoint for %s: their values pass unchanged", bare)
+        tokenizer = Tokenizer(spec.features, folder)
+        return cls(spec.features, normalizer, tokenizer, spec.flow.d_state, spec.vlm.d_vocab)
+
+    def __call__(self, obs: Observation | Mapping[str, Any], device: torch.device) -> tuple[Any, bool]:
         """Inputs for the network, and whether the batch was raw (its actions are then to be un-normalised).
 
         Raises KeyError for a missing camera or entry, ValueError for one of the wrong shape, range or width or
@@ -178,7 +217,7 @@ class Processor:
         state = self.normalizer(lerobot.OBS_STATE, state) if raw else state
         tokens, token_mask = self._text(obs, batch=state.shape[0])
         images, image_mask, cameras = self._images(obs, batch=state.shape[0], raw=raw)
-        inputs = ModelInputs(
+        inputs = VLAInputs(
             images=images.to(device),
             image_mask=image_mask.to(device),
             tokens=tokens.to(device),
@@ -200,9 +239,7 @@ class Processor:
             raise TypeError(f"{lerobot.OBS_STATE} must be floating point, got {state.dtype}")
         state = state[:, -1] if state.ndim == 3 else state
         if state.ndim != 2 or state.shape[-1] not in (self.features.d_state, self.d_state):
-            raise ValueError(
-                f"{lerobot.OBS_STATE} must be [batch, {self.features.d_state}], got {list(state.shape)}"
-            )
+            raise ValueError(f"{lerobot.OBS_STATE} must be [batch, {self.features.d_state}], got {list(state.shape)}")
         if state.shape[0] == 0:
             raise ValueError("empty batch: the observation has 0 rows")
         if not state.isfinite().all():
@@ -288,13 +325,15 @@ def _instructions(obs: Mapping[str, Any], batch: int) -> list[str]:
 def _as_batch(obs: Observation) -> dict[str, Any]:
     """An Observation in LeRobot's keys, batched, with byte images scaled to 0..1 and channels first."""
     state = torch.as_tensor(np.asarray(obs.state) if not isinstance(obs.state, Tensor) else obs.state)
-    batch: dict[str, Any] = {lerobot.TASK: obs.instruction, lerobot.OBS_STATE: state[None] if state.ndim == 1 else state}
+    state = state[None] if state.ndim == 1 else state
+    batch: dict[str, Any] = {lerobot.TASK: obs.instruction, lerobot.OBS_STATE: state}
     for camera, value in obs.images.items():
         image = value if isinstance(value, Tensor) else torch.as_tensor(np.ascontiguousarray(value))
         image = image[None] if image.ndim == 3 else image
         if image.dtype == torch.uint8:
             if image.ndim != 4 or image.shape[-1] != 3:
-                raise ValueError(f"camera {camera!r}: uint8 images must be [H W 3] or [B H W 3], got {list(image.shape)}")
+                shape = list(image.shape)
+                raise ValueError(f"camera {camera!r}: uint8 images must be [H W 3] or [B H W 3], got {shape}")
             image = image.permute(0, 3, 1, 2) / 255
         batch[lerobot.image_key(camera)] = image
     for camera, mask in (obs.image_masks or {}).items():

@@ -7,15 +7,17 @@ from types import ModuleType
 
 from torch import nn
 
-from hooked_vla import model_specs
-from hooked_vla.spec import VLASpec
+from hooked_vla import model_specs, processors
+from hooked_vla.policy import Processor
+from hooked_vla.spec import ModelSpec
 
 SIZES = ("full", "tiny")
 
 
 @cache
 def _spec_modules() -> dict[str, ModuleType]:
-    found = [importlib.import_module(info.name) for info in pkgutil.iter_modules(model_specs.__path__, "hooked_vla.model_specs.")]
+    names = [info.name for info in pkgutil.iter_modules(model_specs.__path__, "hooked_vla.model_specs.")]
+    found = [importlib.import_module(name) for name in names]
     return {module.SPEC.name: module for module in sorted(found, key=lambda module: module.SPEC.name)}
 
 
@@ -24,7 +26,7 @@ def list_models() -> list[str]:
     return list(_spec_modules())
 
 
-def get_spec(name: str, size: str = "full") -> VLASpec:
+def get_spec(name: str, size: str = "full") -> ModelSpec:
     """The spec of a model at its published size, or its "tiny" sibling with the same wiring.
 
     Raises ValueError naming the known models or sizes.
@@ -37,7 +39,7 @@ def get_spec(name: str, size: str = "full") -> VLASpec:
     return module.SPEC if size == "full" else module.TINY
 
 
-def spec_for_config_type(config_type: object) -> VLASpec:
+def spec_for_config_type(config_type: object) -> ModelSpec:
     """The spec whose public config.json says `"type": config_type`.
 
     Raises ValueError with the known types for any other.
@@ -50,11 +52,18 @@ def spec_for_config_type(config_type: object) -> VLASpec:
     raise ValueError(f"config.json says type {config_type!r}; known families of checkpoints: {known}")
 
 
-def family(spec: VLASpec) -> ModuleType:
+def family(spec: ModelSpec) -> ModuleType:
     """The module in models/ that wires this spec; it has NETWORK, read_spec and write_config."""
     return importlib.import_module(f"hooked_vla.models.{spec.family}")
 
 
-def build_network(spec: VLASpec) -> nn.Module:
+def build_network(spec: ModelSpec) -> nn.Module:
     """The network of a spec, initialised by PyTorch's defaults."""
     return family(spec).NETWORK(spec)
+
+
+def processor_class(spec: ModelSpec) -> type[Processor]:
+    """The family's own processor, where processors/<family>.py has one, else LeRobot's kind."""
+    if any(info.name == spec.family for info in pkgutil.iter_modules(processors.__path__)):
+        return importlib.import_module(f"hooked_vla.processors.{spec.family}").PROCESSOR
+    return Processor

@@ -112,13 +112,31 @@ class CheckpointSpec:
 
 
 @dataclass(frozen=True)
-class VLASpec:
-    """Everything that decides what a model is.
+class Transposed:
+    """A checkpoint tensor that fills its parameter with the last two axes exchanged."""
+
+    target: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """A checkpoint tensor whose equal parts along the first axis fill several parameters, such as fused q, k, v."""
+
+    targets: tuple[str, ...]
+
+
+# "{}" stands for a number; a tuple offers alternatives, of which the one that exists is meant; None: known, dropped
+KeyTarget = str | tuple[str, ...] | Transposed | Split | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """What every model states, whatever its wiring; each family adds its sizes in a subclass.
 
     family names the file in models/; config_type is how the public config.json announces it. keys maps the
-    public checkpoint's key prefix -> rest of key -> our parameter name ("{}" stands for a layer number; a tuple
-    offers alternatives, the one that exists is meant; None means known and dropped). fp32 lists the modules that
-    stay in float32 whatever the model's dtype.
+    public checkpoint's key prefix ("a|b": either, the first is written) -> rest of key -> our parameter. fp32
+    lists the modules that stay in float32 whatever the model's dtype; tied maps a parameter to the one it shares
+    where the checkpoint holds none of its own.
     """
 
     name: str
@@ -130,18 +148,28 @@ class VLASpec:
     source: str
     n_parameters: int
     checkpoints: tuple[CheckpointSpec, ...]
+    features: FeatureSpec
+    keys: Mapping[str, Mapping[str, KeyTarget]]
+    fp32: tuple[str, ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
+
+    def geometry(self) -> dict[str, object]:
+        """The sizes that a public config.json leaves out, as `geometry.json` holds them."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowVLASpec(ModelSpec):
+    """A language model over images, text and state, whose keys and values a flow-matching action expert reads."""
+
     vision: VisionSpec
     connector: ConnectorSpec
     vlm: DecoderSpec
     expert: ExpertSpec
     flow: FlowSpec
     prefix: PrefixSpec
-    features: FeatureSpec
-    keys: Mapping[str, Mapping[str, str | tuple[str, ...] | None]]
-    fp32: tuple[str, ...]
 
-    def geometry(self) -> dict[str, dict[str, object]]:
-        """The sizes that a public config.json leaves out, as `geometry.json` holds them."""
+    def geometry(self) -> dict[str, object]:
         return {
             "vision": asdict(self.vision),
             "connector": asdict(self.connector),

@@ -15,10 +15,19 @@ from torch import Tensor, nn
 from hooked_vla import lerobot, registry
 from hooked_vla.hooks.cache_file import write_safetensors
 from hooked_vla.hooks.model import HookedModel
-from hooked_vla.inputs import Actions, ModelInputs, Observation, Segments
-from hooked_vla.policy import Normalizer, Processor, Tokenizer
-from hooked_vla.spec import VLASpec
-from hooked_vla.weights import WEIGHTS, Checkpoint, KeyRules, LoadReport, fill_network, open_checkpoint, plan_loading
+from hooked_vla.inputs import Actions, Draws, ModelInputs, Observation, Segments
+from hooked_vla.policy import Processor
+from hooked_vla.spec import ModelSpec
+from hooked_vla.weights import (
+    WEIGHTS,
+    Checkpoint,
+    KeyRules,
+    LoadReport,
+    fill_network,
+    open_checkpoint,
+    plan_loading,
+    public_state_dict,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +41,7 @@ class HookedVLA(HookedModel):
     `select_action` never record gradients. Hooks work the same through all of them.
     """
 
-    def __init__(self, spec: VLASpec, net: nn.Module, processor: Processor) -> None:
+    def __init__(self, spec: ModelSpec, net: nn.Module, processor: Processor) -> None:
         super().__init__(net)
         self.spec = spec
         self.processor = processor
@@ -57,7 +66,12 @@ class HookedVLA(HookedModel):
             net = registry.build_network(spec)
         for parameter_name, parameter in net.named_parameters():
             parameter.data = parameter.data.to(place, _parameter_dtype(parameter_name, spec, dtype))
-        return cls(spec, net.eval(), _processor(spec, None, {}, {}))
+        return cls.from_network(spec, net.eval())
+
+    @classmethod
+    def from_network(cls, spec: ModelSpec, net: nn.Module) -> "HookedVLA":
+        """A model around a network of the spec, without a checkpoint's files."""
+        return cls(spec, net, registry.processor_class(spec).from_files(spec, None, {}, {}))
 
     @classmethod
     def from_pretrained(
@@ -78,20 +92,18 @@ class HookedVLA(HookedModel):
         family, or does not fit its own configuration, and for an unknown device.
         """
         checkpoint = open_checkpoint(path_or_id, revision)
-        assert checkpoint.config is not None
         base = registry.spec_for_config_type(checkpoint.config.get("type"))
         spec = registry.family(base).read_spec(base, checkpoint)
         with init_empty_weights():
             net = registry.build_network(spec)
         statistics = lerobot.statistics_of_buffers(checkpoint.tensors, _feature_keys(checkpoint))
         shapes = {key: t.shape for key, t in checkpoint.tensors.items() if key not in statistics}
-        plan, dropped = plan_loading(
-            KeyRules(spec.keys), shapes, {name: p.shape for name, p in net.named_parameters()}
-        )
+        parameters = {name: tensor.shape for name, tensor in net.state_dict().items()}
+        plan, dropped = plan_loading(KeyRules(spec.keys), shapes, parameters, spec.tied)
         devices = _device_map(net, device_map, device, dtype)
         fill_network(
             net, plan, checkpoint,
-            lambda name: (_lookup(devices, name), _parameter_dtype(name, spec, dtype)),
+            lambda name: (_lookup(devices, name), _parameter_dtype(name, spec, dtype)), spec.tied,
         )  # fmt: skip
         if device_map is not None:
             net = dispatch_model(net, devices, offload_dir=offload_dir, force_hooks=True)
@@ -100,7 +112,8 @@ class HookedVLA(HookedModel):
         values: dict[str, dict[str, Tensor]] = {}
         for key, (feature, name) in statistics.items():
             values.setdefault(feature, {})[name] = stored[key]
-        model = cls(spec, net.eval(), _processor(spec, checkpoint.folder, sidecars, values))
+        processor = registry.processor_class(spec).from_files(spec, checkpoint.folder, sidecars, values)
+        model = cls(spec, net.eval(), processor)
         model._sidecars, model._statistics = sidecars, stored
         model.load_report = LoadReport(plan, tuple(dropped), tuple(statistics))
         if dropped:
@@ -129,18 +142,17 @@ class HookedVLA(HookedModel):
 
     def public_state_dict(self) -> dict[str, Tensor]:
         """The parameters under their keys in the public layout."""
-        ours = dict(self.net.named_parameters())
-        keys = public_keys(self.spec, ours)
-        return {keys[name]: parameter.detach() for name, parameter in ours.items()}
+        return public_state_dict(self.net, KeyRules(self.spec.keys))
 
     # What HookedModel asks.
 
-    def prepare(self, obs: Batch) -> ModelInputs:
-        """Preprocess an observation or batch; inputs that are ready pass through."""
-        return self._prepare(obs)[0]
+    def prepare_raw(self, obs: Batch) -> tuple[ModelInputs, bool]:
+        return self.processor(obs, self.device)
 
-    def act(self, inputs: ModelInputs, noise: Any) -> Actions:
-        return self._actions(self.sample_actions(inputs, self._noise(inputs, noise)), raw=True)
+    def act(self, inputs: ModelInputs, noise: Any, raw: bool) -> Actions:
+        padded = self.sample_actions(inputs, noise)
+        chunk, normalized = self.processor.actions(padded, raw)
+        return Actions(chunk, normalized)
 
     def segments(self, inputs: ModelInputs) -> Mapping[str, Segments]:
         """Token segments of every stream for these inputs: "vision", "connector", "vlm", "expert", ..."""
@@ -156,20 +168,12 @@ class HookedVLA(HookedModel):
 
     # The public policy's own entry points.
 
-    def sample_actions(
-        self, inputs: ModelInputs, noise: Float[Tensor, "batch chunk d_action"]
-    ) -> Float[Tensor, "batch chunk d_action"]:
+    def sample_actions(self, inputs: ModelInputs, noise: Any = None) -> Float[Tensor, "batch step d_padded"]:
         """The network alone: tensors in, normalised actions at the padded width out; this is what compiles."""
-        return self.net.sample_actions(inputs, noise, self.run_state)
-
-    def forward(self, obs: Batch, noise: Any = None) -> Actions:
-        """One action chunk for an observation or batch.
-
-        noise: the starting noise [batch, chunk, d_action], or a list with every random draw in order; None draws.
-        """
-        inputs, raw = self._prepare(obs)
-        actions = self.run(inputs, noise)
-        return actions if raw else Actions(actions.normalized, actions.normalized)
+        draws = Draws(noise, self.device)
+        actions = self.net.sample_actions(inputs, draws, self.run_state)
+        draws.check_used_up()
+        return actions
 
     @torch.no_grad()
     def predict_action_chunk(self, batch: Batch, noise: Any = None) -> Float[Tensor, "batch step d_action"]:
@@ -197,75 +201,8 @@ class HookedVLA(HookedModel):
         """Where inputs go."""
         return next(self.net.parameters()).device
 
-    def _prepare(self, obs: Batch) -> tuple[ModelInputs, bool]:
-        return self.processor(obs, self.device)
-
-    def _actions(self, padded: Tensor, raw: bool) -> Actions:
-        chunk, normalized = self.processor.actions(padded, raw)
-        return Actions(chunk, normalized)
-
-    def _noise(self, inputs: ModelInputs, noise: Any) -> Tensor:
-        flow = self.spec.flow
-        shape = (inputs.batch_size, flow.chunk, flow.d_action)
-        if noise is None:
-            return torch.randn(shape, device=inputs.state.device)
-        if not isinstance(noise, Tensor):
-            if len(noise) != 1:
-                raise ValueError(f"this policy draws noise once per chunk; got {len(noise)} draws")
-            noise = torch.as_tensor(noise[0])
-        if tuple(noise.shape) != shape:
-            raise ValueError(f"noise must be [batch, chunk, d_action] = {list(shape)}, got {list(noise.shape)}")
-        return noise.to(device=inputs.state.device, dtype=torch.float32)
-
-
-def public_keys(spec: VLASpec, parameters: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
-    """Parameter name -> its key in the public layout, by the spec's key rules read backwards."""
-    rules = KeyRules(spec.keys)
-    keys = {}
-    for prefix, table in spec.keys.items():
-        for pattern, target in table.items():
-            for each in (target,) if isinstance(target, str) else target or ():
-                keys[each] = prefix + pattern
-    found = {}
-    for name in parameters:
-        numbers = [part for part in name.split(".") if part.isdigit()]
-        pattern = ".".join("{}" if part.isdigit() else part for part in name.split("."))
-        found[name] = keys[pattern].format(*numbers)
-        assert name in (rules.targets(found[name]) or ())
-    return found
-
-
-def _processor(
-    spec: VLASpec, folder: Path | None, sidecars: Mapping[str, bytes], statistics: Mapping[str, Mapping[str, Tensor]]
-) -> Processor:
-    from safetensors.torch import load
-
-    features = spec.features
-    modes = {lerobot.image_key(c): features.normalization.get("VISUAL", "IDENTITY") for c in features.cameras}
-    modes |= {lerobot.OBS_STATE: features.normalization.get("STATE", "IDENTITY")}
-    modes |= {lerobot.ACTION: features.normalization.get("ACTION", "IDENTITY")}
-    values = {key: dict(each) for key, each in statistics.items()}
-    eps = Normalizer.eps
-    for file in (lerobot.PREPROCESSOR, lerobot.POSTPROCESSOR):
-        for step in lerobot.processor_steps(sidecars[file], file) if file in sidecars else []:
-            if step.get("registry_name") not in ("normalizer_processor", "unnormalizer_processor"):
-                continue
-            eps = step["config"].get("eps", eps)
-            if "state_file" in step:
-                for name, value in load(sidecars[step["state_file"]]).items():
-                    feature, _, statistic = name.rpartition(".")
-                    values.setdefault(feature, {})[statistic] = value
-    bare = [key for key, mode in modes.items() if mode != "IDENTITY" and key not in values]
-    if bare and folder is not None:
-        logger.warning("no statistics in the checkpoint for %s: their values pass unchanged", bare)
-    assert spec.vlm.d_vocab is not None
-    return Processor(
-        features, Normalizer(modes, values, eps), Tokenizer(features, folder), spec.flow.d_state, spec.vlm.d_vocab
-    )
-
 
 def _feature_keys(checkpoint: Checkpoint) -> list[str]:
-    assert checkpoint.config is not None
     return [*(checkpoint.config.get("input_features") or {}), *(checkpoint.config.get("output_features") or {})]
 
 
@@ -278,7 +215,7 @@ def _device(device: str | torch.device) -> torch.device:
     return place
 
 
-def _parameter_dtype(name: str, spec: VLASpec, dtype: torch.dtype) -> torch.dtype:
+def _parameter_dtype(name: str, spec: ModelSpec, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if name.startswith(tuple(f"{module}." for module in spec.fp32)) else dtype
 
 

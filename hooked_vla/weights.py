@@ -7,8 +7,8 @@ raises with both lists. Tensors are read one at a time, so that no second copy o
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, R
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from hooked_vla.spec import KeyTarget, Split, Transposed
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +40,9 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What loading did with the checkpoint's keys: our parameter -> its key, keys dropped, statistics found."""
+    """What loading did with the checkpoint's keys: our parameter -> its source, keys dropped, statistics found."""
 
-    loaded: Mapping[str, str]
+    loaded: "Mapping[str, Source]"
     dropped: tuple[str, ...]
     statistics: tuple[str, ...]
 
@@ -50,9 +52,10 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = self.json("config.json")
-        if self.config is None:
+        config = self.json("config.json")
+        if config is None:
             raise FileNotFoundError(f"no config.json in {folder}")
+        self.config = config
         self.tensors: dict[str, StoredTensor] = {}
         for file in self._weight_files():
             for key, shape in _list_tensors(file).items():
@@ -106,7 +109,7 @@ class Checkpoint:
 def _list_tensors(file: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(file, framework="pt") as opened:
-            return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}
+            return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from error
 
@@ -128,56 +131,115 @@ def open_checkpoint(path_or_id: str | Path, revision: str | None = None) -> Chec
     return Checkpoint(folder)
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a parameter comes from: a checkpoint key, one of its equal parts, or its transpose."""
+
+    key: str
+    part: int = 0
+    n_parts: int = 1
+    transposed: bool = False
+
+    def shape(self, whole: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the parameter that a tensor of shape `whole` fills."""
+        if self.transposed:
+            return (*whole[:-2], whole[-1], whole[-2])
+        return (whole[0] // self.n_parts, *whole[1:]) if self.n_parts > 1 else tuple(whole)
+
+    def take(self, whole: Tensor) -> Tensor:
+        """The parameter's values."""
+        if self.transposed:
+            return whole.transpose(-1, -2).contiguous()
+        return whole.chunk(self.n_parts)[self.part].clone() if self.n_parts > 1 else whole
+
+
 class KeyRules:
-    """A spec's key table as a function from checkpoint key to candidate parameter names."""
+    """A spec's key table, read forwards (checkpoint key to parameters) and backwards."""
 
-    def __init__(self, table: Mapping[str, Mapping[str, str | tuple[str, ...] | None]]) -> None:
-        self._rules: list[tuple[re.Pattern[str], tuple[str, ...]]] = []
-        for prefix, rules in table.items():
+    def __init__(self, table: Mapping[str, Mapping[str, KeyTarget]]) -> None:
+        # (regular expression of the key, its canonical form, our alternatives as (name, source without key))
+        self._rules: list[tuple[re.Pattern[str], str, list[tuple[str, Source]], bool]] = []
+        for prefixes, rules in table.items():
+            spellings = prefixes.split("|")
             for pattern, target in rules.items():
-                regex = re.escape(prefix + pattern).replace(r"\{\}", r"(\d+)")
-                targets = (target,) if isinstance(target, str) else target or ()
-                self._rules.append((re.compile(regex), targets))
+                start = "|".join(map(re.escape, spellings))
+                regex = f"(?:{start})" + re.escape(pattern).replace(r"\{\}", r"(\d+)")
+                targets, together = _targets(target)
+                self._rules.append((re.compile(regex), spellings[0] + pattern, targets, together))
 
-    def targets(self, key: str) -> tuple[str, ...] | None:
-        """Parameter names that the key may fill; () for a key to drop, None for a key that no rule knows.
+    def find(self, key: str, parameters: Container[str]) -> list[tuple[str, Source]] | None:
+        """The parameters that a key fills; [] for a key to drop, None for one that no rule or parameter explains.
 
         Raises ValueError when two rules claim the key.
         """
-        found = [(match, targets) for rule, targets in self._rules if (match := rule.fullmatch(key))]
+        found = [(match, rule) for rule in self._rules if (match := rule[0].fullmatch(key))]
         if len(found) > 1:
             raise ValueError(f"{len(found)} key rules claim {key!r}")
         if not found:
             return None
-        match, targets = found[0]
-        return tuple(target.format(*match.groups()) for target in targets)
+        match, (_, _, targets, together) = found[0]
+        if not targets:
+            return []
+        named = [(name.format(*match.groups()), replace(source, key=key)) for name, source in targets]
+        present = [(name, source) for name, source in named if name in parameters]
+        return (present if together else present[:1]) or None
+
+    def public_sources(self, parameters: Iterable[str]) -> dict[str, Source]:
+        """Parameter -> its place in the public layout; parameters that the layout lacks are left out."""
+        by_pattern = {name: (canonical, source) for _, canonical, targets, _ in self._rules for name, source in targets}
+        found = {}
+        for name in parameters:
+            parts = name.split(".")
+            pattern = ".".join("{}" if part.isdigit() else part for part in parts)
+            if pattern in by_pattern or name in by_pattern:
+                canonical, source = by_pattern.get(name) or by_pattern[pattern]
+                numbers = [part for part in parts if part.isdigit()] if "{}" in canonical else []
+                found[name] = replace(source, key=canonical.format(*numbers))
+        return found
+
+
+def _targets(target: KeyTarget) -> tuple[list[tuple[str, Source]], bool]:
+    """Our names of a rule, and whether they are filled together rather than alternatives."""
+    if isinstance(target, Split):
+        n = len(target.targets)
+        return [(name, Source("", part, n)) for part, name in enumerate(target.targets)], True
+    if isinstance(target, Transposed):
+        return [(target.target, Source("", transposed=True))], False
+    names = (target,) if isinstance(target, str) else target or ()
+    return [(name, Source("")) for name in names], False
 
 
 def plan_loading(
-    rules: KeyRules, shapes: Mapping[str, Sequence[int]], parameters: Mapping[str, Sequence[int]]
-) -> tuple[dict[str, str], list[str]]:
-    """Which checkpoint key fills which parameter, and which keys are dropped; both arguments map names to shapes.
+    rules: KeyRules,
+    shapes: Mapping[str, Sequence[int]],
+    parameters: Mapping[str, Sequence[int]],
+    tied: Container[str] = (),
+) -> tuple[dict[str, Source], list[str]]:
+    """Which checkpoint tensor fills which parameter, and which keys are dropped; shapes by name on both sides.
 
+    Parameters in `tied` may stay unfilled.
     Raises ValueError listing keys that nothing explains, parameters that nothing fills and shapes that differ.
     """
-    filled: dict[str, str] = {}
-    dropped, problems = [], []
+    filled: dict[str, Source] = {}
+    dropped, problems, misfits = [], [], set()
     for key, shape in shapes.items():
-        targets = rules.targets(key)
-        if targets == ():
-            dropped.append(key)
-            continue
-        target = next((t for t in targets or () if t in parameters), None)
-        if target is None:
+        targets = rules.find(key, parameters)
+        if targets is None:
             problems.append(f"unexpected key {key}")
-        elif target in filled:
-            problems.append(f"{key} and {filled[target]} both fill {target}")
-        elif tuple(shape) != tuple(parameters[target]):
-            problems.append(f"{key} has shape {list(shape)}, but the model needs {list(parameters[target])}")
-        else:
-            filled[target] = key
-    taken = {problem.split(" ")[0] for problem in problems}
-    problems += [f"missing key for {name}" for name in parameters if name not in filled and name not in taken]
+            continue
+        if not targets:
+            dropped.append(key)
+        for name, source in targets:
+            if name in filled:
+                problems.append(f"{key} and {filled[name].key} both fill {name}")
+            elif source.shape(shape) != tuple(parameters[name]):
+                problems.append(f"{key} has shape {list(shape)}, but {name} needs {list(parameters[name])}")
+                misfits.add(name)
+            else:
+                filled[name] = source
+    missing = [name for name in parameters if name not in filled and name not in misfits and name not in tied]
+    public = rules.public_sources(missing)
+    problems += [f"missing key {public[name].key if name in public else '?'} for {name}" for name in missing]
     if problems:
         shown = "\n  ".join(problems[:20])
         raise ValueError(f"the checkpoint does not fit the model, {len(problems)} problems:\n  {shown}")
@@ -186,13 +248,34 @@ def plan_loading(
 
 def fill_network(
     net: nn.Module,
-    plan: Mapping[str, str],
+    plan: Mapping[str, Source],
     checkpoint: Checkpoint,
     place: Callable[[str], tuple[torch.device, torch.dtype]],
+    tied: Mapping[str, str],
 ) -> None:
-    """Put every tensor of the plan where `place(parameter name)` says, one tensor at a time."""
+    """Put every tensor of the plan where `place(name)` says, one tensor at a time; then share what is tied."""
     for name in tqdm(plan, desc="loading", unit="tensor", delay=2, leave=False):
         device, dtype = place(name)
-        module = net.get_submodule(name.rpartition(".")[0])
-        value = checkpoint.read(plan[name]).to(device=device, dtype=dtype)
-        module.register_parameter(name.rpartition(".")[2], nn.Parameter(value))
+        value = plan[name].take(checkpoint.read(plan[name].key))
+        value = value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+        module, leaf = net.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        if leaf in module._buffers:
+            module._buffers[leaf] = value
+        else:
+            module.register_parameter(leaf, nn.Parameter(value))
+    for name, other in tied.items():
+        if name not in plan:
+            module = net.get_submodule(name.rpartition(".")[0])
+            module.register_parameter(name.rpartition(".")[2], net.get_parameter(other))
+
+
+def public_state_dict(net: nn.Module, rules: KeyRules) -> dict[str, Tensor]:
+    """A network's tensors under their keys in the public layout."""
+    ours = net.state_dict()
+    parts: dict[str, dict[int, Tensor]] = {}
+    for name, source in rules.public_sources(ours).items():
+        value = ours[name].detach()
+        parts.setdefault(source.key, {})[source.part] = value.transpose(-1, -2) if source.transposed else value
+    return {
+        key: each[0] if len(each) == 1 else torch.cat([each[i] for i in sorted(each)]) for key, each in parts.items()
+    }

@@ -9,12 +9,12 @@ from hooked_vla.spec import (
     ExpertSpec,
     FeatureSpec,
     FlowSpec,
+    FlowVLASpec,
     PrefixSpec,
     VisionSpec,
-    VLASpec,
 )
 
-SPEC = VLASpec(
+SPEC = FlowVLASpec(
     name="smolvla",
     family="smolvla",
     config_type="smolvla",
@@ -24,7 +24,7 @@ SPEC = VLASpec(
     source="LeRobot 0.6.1 policies/smolvla",
     n_parameters=450_046_176,
     checkpoints=(
-        CheckpointSpec("lerobot/smolvla_base", "base: three cameras at 256 × 256, state 6, action 6, text padded to 48"),
+        CheckpointSpec("lerobot/smolvla_base", "base: three cameras, state 6, action 6, text padded to 48"),
         CheckpointSpec("lerobot/smolvla_libero", "LIBERO fine-tune"),
         CheckpointSpec("HuggingFaceVLA/smolvla_libero", "LIBERO fine-tune"),
     ),

@@ -9,6 +9,4 @@ ATOL = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
-    torch.testing.assert_close(
-        actual.float(), expected.float(), rtol=RTOL[dtype], atol=ATOL[dtype], check_device=False
-    )
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=RTOL[dtype], atol=ATOL[dtype], check_device=False)

@@ -19,9 +19,7 @@ class FlowMatchingHead(nn.Module):
         self.n_steps, self.chunk, self.d_action = n_steps, chunk, d_action
         self.hook_actions = HookPoint("batch chunk d_action", dtype="float32")
 
-    def forward(
-        self, noise: Chunk, denoise: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], run: Run
-    ) -> Chunk:
+    def forward(self, noise: Chunk, denoise: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], run: Run) -> Chunk:
         """`denoise(x, t)` returns the chunk it saw (after hooks) and the velocity there; t is [batch]."""
         x, dt = noise, -1.0 / self.n_steps
         for step in range(self.n_steps):

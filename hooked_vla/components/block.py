@@ -24,9 +24,7 @@ class Block(nn.Module):
         self.hook_mlp_out = HookPoint("batch seq d_model")
         self.hook_resid_post = HookPoint("batch seq d_model")
 
-    def forward(
-        self, resid_pre: Float[Tensor, "batch seq d_model"], *reads: Any
-    ) -> Float[Tensor, "batch seq d_model"]:
+    def forward(self, resid_pre: Float[Tensor, "batch seq d_model"], *reads: Any) -> Float[Tensor, "batch seq d_model"]:
         """`reads` is whatever else the attention takes: rotation, mask, prefix."""
         return self.with_keys_values(resid_pre, *reads)[0]
 

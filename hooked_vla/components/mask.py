@@ -8,12 +8,12 @@ from torch import Tensor
 def block_mask(valid: Bool[Tensor, "batch seq"], starts_block: Bool[Tensor, " seq"]) -> Bool[Tensor, "batch seq seq"]:
     """True where query i may see key j: j's block is not after i's, and both are valid (big_vision, openpi).
 
-        starts_block 0 0 0 1 1     i\\j  0 1 2 3 4
-                                   0    x x x
-        three tokens that see      1    x x x
-        each other, then two       2    x x x
-        causal ones                3    x x x x
-                                   4    x x x x x
+    starts_block 0 0 0 1 1     i\\j  0 1 2 3 4
+                               0    x x x
+    three tokens that see      1    x x x
+    each other, then two       2    x x x
+    causal ones                3    x x x x
+                               4    x x x x x
     """
     block = starts_block.long().cumsum(0)
     visible = block[None, :] <= block[:, None]

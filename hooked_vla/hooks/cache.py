@@ -333,7 +333,8 @@ class Recorder:
 
     def keep_gradient(self, gradient: Tensor, point: HookPoint) -> None:
         """Gradient listener: the gradient at a point and step."""
-        self.gradients.setdefault(point.name, {})[point.denoise_step] = gradient.to(device=self.device, dtype=self.dtype)
+        kept = gradient.to(device=self.device, dtype=self.dtype)
+        self.gradients.setdefault(point.name, {})[point.denoise_step] = kept
 
     def check_inplace(self) -> None:
         """Raises RuntimeError naming the cached tensors that were changed in place after they were cached."""

@@ -65,9 +65,7 @@ def save_cache(cache: ActivationCache, path: Path) -> None:
             }
             for name, entry in cache.entries.items()
         },
-        "segments": {
-            stream: {"names": each.names, "row_axis": each.row_axis} for stream, each in segments.items()
-        },
+        "segments": {stream: {"names": each.names, "row_axis": each.row_axis} for stream, each in segments.items()},
     }
     tensors = []
     for name, parts in cache.parts.items():

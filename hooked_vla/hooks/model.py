@@ -83,11 +83,12 @@ class HookedModel(nn.Module):
 
     # What a subclass says about itself.
 
-    def prepare(self, obs: Any) -> ModelInputs:
-        """Preprocess an observation or the public entry point's batch."""
+    def prepare_raw(self, obs: Any) -> tuple[ModelInputs, bool]:
+        """Preprocess an observation or the public entry point's batch; say whether it was raw, so that its actions
+        are to be un-normalised."""
         raise NotImplementedError
 
-    def act(self, inputs: ModelInputs, noise: Tensor | None) -> Actions:
+    def act(self, inputs: ModelInputs, noise: Any, raw: bool) -> Actions:
         """Run the network on preprocessed inputs."""
         raise NotImplementedError
 
@@ -112,13 +113,16 @@ class HookedModel(nn.Module):
 
         noise: the starting noise [batch, chunk, d_action], or a list with every random draw in order; None draws.
         """
-        return self.run(self.prepare(obs), noise)
+        return self._run(*self.prepare_raw(obs), noise)
 
-    def run(self, inputs: ModelInputs, noise: Any = None) -> Actions:
-        """One action chunk for inputs that `prepare` made."""
+    def prepare(self, obs: Any) -> ModelInputs:
+        """Preprocess an observation or batch; inputs that are ready pass through."""
+        return self.prepare_raw(obs)[0]
+
+    def _run(self, inputs: ModelInputs, raw: bool, noise: Any) -> Actions:
         self._n_runs += 1
         self.run_state.begin(lambda: self.segments(inputs))
-        return self.act(inputs, noise)
+        return self.act(inputs, noise, raw)
 
     @property
     def points(self) -> Mapping[str, HookPoint]:
@@ -174,9 +178,7 @@ class HookedModel(nn.Module):
     def reset_hooks(self, including_permanent: bool = False) -> None:
         """Detach every hook; permanent ones only when asked."""
         for point in self._points.values():
-            point.listeners = tuple(
-                each for each in point.listeners if each.permanent and not including_permanent
-            )
+            point.listeners = tuple(each for each in point.listeners if each.permanent and not including_permanent)
             point.ctx.clear()
 
     @contextmanager
@@ -243,7 +245,7 @@ class HookedModel(nn.Module):
         """
         wanted = hook_names.resolve(names_filter, list(self._points))
         steps = self._check_steps(at_steps)
-        inputs = self.prepare(obs)
+        inputs, raw = self.prepare_raw(obs)
         if max_bytes is not None:
             self._cache_size(inputs, wanted, steps, dtype, max_bytes)
         recorder = Recorder(device, dtype, clone, detect_inplace)
@@ -254,7 +256,7 @@ class HookedModel(nn.Module):
             attached.append(self._attach(stop_at, lambda _: _stop, CAPTURE, steps))
         actions = None
         try:
-            actions = self.run(inputs, noise)
+            actions = self._run(inputs, raw, noise)
             if incl_bwd:
                 metric = incl_bwd(actions) if callable(incl_bwd) else actions.chunk.sum()
                 metric.backward()
@@ -364,7 +366,8 @@ def _name_points(net: nn.Module, run: Run) -> dict[str, HookPoint]:
             way = hook_names.pathway(point.name)
             if way in _IMAGE_ROWS:
                 point.axes = tuple("image" if axis == "batch" else axis for axis in point.axes)
-            point.streams = {axis: axis_streams.get(axis, point.stream or way) for axis in point.axes if axis in TOKEN_AXES}
+            token_axes = [axis for axis in point.axes if axis in TOKEN_AXES]
+            point.streams = {axis: axis_streams.get(axis, point.stream or way) for axis in token_axes}
             points[point.name] = point
     return points
 

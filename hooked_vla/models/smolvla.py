@@ -28,9 +28,9 @@ from hooked_vla.components.norm import RMSNorm
 from hooked_vla.components.rope import Rotation, rotation
 from hooked_vla.components.vit import ViT
 from hooked_vla.hooks.point import HookPoint, Run
-from hooked_vla.inputs import ACTION, LANGUAGE, PAD, SPECIAL, STATE, ModelInputs, Segments, image_segment
+from hooked_vla.inputs import ACTION, LANGUAGE, PAD, SPECIAL, STATE, Draws, Segments, VLAInputs, image_segment
 from hooked_vla.lerobot import read_features, write_features
-from hooked_vla.spec import DecoderSpec, ExpertSpec, FlowSpec, PrefixSpec, VisionSpec, VLASpec
+from hooked_vla.spec import DecoderSpec, ExpertSpec, FlowSpec, FlowVLASpec, PrefixSpec, VisionSpec
 
 
 def _rms_block(spec: DecoderSpec, attn: nn.Module, attn_name: str = "attn") -> Block:
@@ -82,7 +82,7 @@ class LanguageModel(nn.Module):
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         return rearrange(self.unembed.weight, "v m -> m v")
 
-    def layout(self, inputs: ModelInputs, n_image_tokens: int) -> PrefixLayout:
+    def layout(self, inputs: VLAInputs, n_image_tokens: int) -> PrefixLayout:
         """Images in order, then language, then the state token, alone in a block of its own, then padding."""
         batch, n_text = inputs.tokens.shape
         spans, valid = [], []
@@ -104,7 +104,7 @@ class LanguageModel(nn.Module):
         return PrefixLayout([span for span in spans if span[1]], torch.cat(valid, dim=1), starts_block)
 
     def embed_prefix(
-        self, image_tokens: Float[Tensor, "batch camera token d_model"], inputs: ModelInputs, length: int
+        self, image_tokens: Float[Tensor, "batch camera token d_model"], inputs: VLAInputs, length: int
     ) -> Float[Tensor, "batch seq d_model"]:
         """The decoder's input. Image and language tokens are scaled by sqrt(d_model), state and specials are not."""
         dtype, scale = self.embed.weight.dtype, math.sqrt(self.d_model)
@@ -121,7 +121,7 @@ class LanguageModel(nn.Module):
         tokens = torch.cat([*parts, language, state], dim=1)
         return self.hook_tokens(functional.pad(tokens, (0, 0, 0, length - tokens.shape[1])))
 
-    def _special(self, ids: tuple[int, ...], inputs: ModelInputs) -> Float[Tensor, "batch n d_model"]:
+    def _special(self, ids: tuple[int, ...], inputs: VLAInputs) -> Float[Tensor, "batch n d_model"]:
         token_ids = torch.tensor(ids, dtype=torch.long, device=inputs.tokens.device)
         return repeat(self.embed(token_ids), "n d -> b n d", b=inputs.batch_size)
 
@@ -219,7 +219,7 @@ class ActionExpert(nn.Module):
 class SmolVLA(nn.Module):
     """The whole network: images, tokens, state and noise to a normalised action chunk at its padded width."""
 
-    def __init__(self, spec: VLASpec) -> None:
+    def __init__(self, spec: FlowVLASpec) -> None:
         super().__init__()
         self.spec = spec
         self.vision = ViT(spec.vision)
@@ -246,14 +246,13 @@ class SmolVLA(nn.Module):
             "vlm.ln_final.*",
         ]
 
-    def sample_actions(
-        self, inputs: ModelInputs, noise: Float[Tensor, "batch chunk d_action"], run: Run
-    ) -> Float[Tensor, "batch chunk d_action"]:
-        """The prefix once, then the expert at every denoise step."""
+    def sample_actions(self, inputs: VLAInputs, draws: Draws, run: Run) -> Float[Tensor, "batch chunk d_action"]:
+        """The prefix once, then the expert at every denoise step; one draw, the starting noise."""
+        noise = draws.normal((inputs.batch_size, self.head.chunk, self.head.d_action))
         reads = self.prefill(inputs)
         return self.head(noise, lambda x, time: self.expert(x, time, reads), run)
 
-    def prefill(self, inputs: ModelInputs) -> PrefixReads:
+    def prefill(self, inputs: VLAInputs) -> PrefixReads:
         """Everything that does not depend on the denoise step."""
         n_cameras = len(inputs.cameras)
         images = rearrange(inputs.images, "b n c h w -> (b n) c h w")
@@ -263,7 +262,7 @@ class SmolVLA(nn.Module):
         _, caches = self.vlm(tokens, layout)
         return self.expert.reads(caches, layout.valid)
 
-    def segments(self, inputs: ModelInputs) -> dict[str, Segments]:
+    def segments(self, inputs: VLAInputs) -> dict[str, Segments]:
         """Token segments of every stream."""
         rows, columns = self.vision.grid(*inputs.images.shape[-2:])
         n_tokens = self.connector.n_tokens(rows * columns)
@@ -295,7 +294,7 @@ _IMAGE_END = ("<fake_token_around_image>",)
 _UNSUPPORTED = {"adapt_to_pi_aloha": False, "use_delta_joint_actions_aloha": False}
 
 
-def read_spec(base: VLASpec, checkpoint: Any) -> VLASpec:
+def read_spec(base: FlowVLASpec, checkpoint: Any) -> FlowVLASpec:
     """`base` with the sizes of a LeRobot checkpoint (weights.Checkpoint).
 
     Widths and depths come from the tensors' shapes; numbers of heads from geometry.json, else from the vision and
@@ -339,7 +338,7 @@ def read_spec(base: VLASpec, checkpoint: Any) -> VLASpec:
     )
 
 
-def write_config(spec: VLASpec) -> dict[str, Any]:
+def write_config(spec: FlowVLASpec) -> dict[str, Any]:
     """A LeRobot config.json for a network that no checkpoint was read for."""
     width, height = spec.features.resize or (spec.vision.image_size, spec.vision.image_size)
     every = 2 if "cross" in spec.expert.schedule else -1
@@ -430,7 +429,7 @@ def _connector_scale(shapes: Any) -> int:
     return math.isqrt(d_shuffled // shapes(_VISION + "embeddings.patch_embedding.weight")[0])
 
 
-def _read_prefix(base: VLASpec, checkpoint: Any, given: Mapping[str, Any], d_vocab: int | None) -> PrefixSpec:
+def _read_prefix(base: FlowVLASpec, checkpoint: Any, given: Mapping[str, Any], d_vocab: int | None) -> PrefixSpec:
     min_length = checkpoint.config.get("prefix_length", base.prefix.min_length)
     if not checkpoint.config.get("add_image_special_tokens", False):
         return PrefixSpec(min_length=min_length)

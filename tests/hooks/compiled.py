@@ -11,7 +11,6 @@ from conftest import make_observation
 from tolerance import assert_close
 
 from hooked_vla import HookedVLA, registry
-from hooked_vla.vla import _processor
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +25,7 @@ def model() -> HookedVLA:
         flow=replace(tiny.flow, n_steps=2),
     )
     torch.manual_seed(0)
-    return HookedVLA(spec, registry.build_network(spec), _processor(spec, None, {}, {})).requires_grad_(False)
+    return HookedVLA.from_network(spec, registry.build_network(spec)).requires_grad_(False)
 
 
 @pytest.mark.parametrize(

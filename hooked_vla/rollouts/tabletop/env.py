@@ -4,6 +4,10 @@ The same seed gives the same bits, whatever the environment did before. Each env
 renderer, so several may live in one process.
 """
 
+# mujoco's classes and functions come from compiled modules that have no stubs
+# pyright: reportAttributeAccessIssue=false
+
+import atexit
 import weakref
 from typing import Any
 
@@ -12,6 +16,7 @@ import mujoco
 import numpy as np
 from gymnasium import spaces
 from jaxtyping import Float32, Float64, UInt8
+from numpy.typing import ArrayLike
 
 from hooked_vla.inputs import Observation
 from hooked_vla.rollouts.tabletop import scene
@@ -24,8 +29,10 @@ BLOCK_AREA = ((-0.24, -0.20), (0.24, 0.10))
 START_AREA = ((-0.10, -0.10, -0.06), (0.10, 0.10, 0.03))
 SETTLE_STEPS = 10
 
+_DRAWING: "weakref.WeakSet[TabletopEnv]" = weakref.WeakSet()
 
-class TabletopEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
+
+class TabletopEnv(gymnasium.Env[dict[str, Any], ArrayLike]):
     """Put the `block` on the `pad`; every block and pad is in the scene, only the instruction says which is meant.
 
     Observation: {"pixels": {"agent", "wrist": uint8 [H W 3]}, "state": float32 [4], "instruction": str}; the state
@@ -37,7 +44,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
     position and quaternion (x, y, z, qw, qx, qy, qz) of every block, with the centre of every pad.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012  Gymnasium's own declaration
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
 
     def __init__(
         self, image_size: int = 96, block: str = "red", pad: str = "orange", render_mode: str = "rgb_array"
@@ -66,7 +73,9 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """A new arrangement of blocks and a new start of the gripper, drawn from the seed."""
+        """A new arrangement of blocks and a new start of the gripper, drawn from the seed; there are no options."""
+        if options:
+            raise ValueError(f"this environment has no reset options, got {sorted(options)}")
         super().reset(seed=seed)
         mujoco.mj_resetData(self.model, self.data)
         for name, xy in zip(scene.BLOCKS, self._draw_positions(), strict=True):
@@ -78,17 +87,17 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         mujoco.mj_step(self.model, self.data, SETTLE_STEPS)
         return self._observe(), self._info()
 
-    def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+    def step(self, action: ArrayLike) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """One control step.
 
         Raises ValueError for an action that is not four finite numbers.
         """
-        action = np.asarray(action, dtype=np.float64)
-        if action.shape != (4,) or not np.isfinite(action).all():
-            raise ValueError(f"an action is 4 finite numbers (dx, dy, dz, gripper), got shape {action.shape}: {action}")
-        action = action.clip(-1, 1)
+        given = np.asarray(action, dtype=np.float64)
+        if given.shape != (4,) or not np.isfinite(given).all():
+            raise ValueError(f"an action is 4 finite numbers (dx, dy, dz, gripper), got shape {given.shape}: {given}")
+        *move, gripper = given.clip(-1, 1)
         now = np.array([self.data.joint(name).qpos[0] for name in scene.SLIDES])
-        self._drive(now + ACTION_SCALE * action[:3], opening=(1 - action[3]) / 2)
+        self._drive(now + ACTION_SCALE * np.array(move), opening=(1 - gripper) / 2)
         mujoco.mj_step(self.model, self.data, SUBSTEPS)
         info = self._info()
         return self._observe(), float(info["is_success"]), info["is_success"], False, info
@@ -117,7 +126,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         offset = np.abs(position[:2] - scene.PADS[self.pad].xy).max()
         return bool(offset < scene.PAD_HALF - 0.005 and position[2] < scene.BLOCK_HALF + 0.008)
 
-    def _draw_positions(self) -> list[Float64[np.ndarray, "2"]]:
+    def _draw_positions(self) -> list[Float64[np.ndarray, " 2"]]:
         placed: list[np.ndarray] = []
         while len(placed) < len(scene.BLOCKS):
             xy = self.np_random.uniform(*BLOCK_AREA)
@@ -137,20 +146,24 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
             "instruction": self.instruction,
         }
 
-    def _state(self) -> Float32[np.ndarray, "4"]:
+    def _state(self) -> Float32[np.ndarray, " 4"]:
         left, right = (self.data.joint(name).qpos[0] for name in scene.FINGERS)
         return np.array([*self.data.site("grip").xpos, right - left], dtype=np.float32)
 
     def _info(self) -> dict[str, Any]:
-        blocks = {name: np.concatenate([self.data.body(name).xpos, self.data.body(name).xquat]) for name in scene.BLOCKS}
+        blocks = {
+            name: np.concatenate([self.data.body(name).xpos, self.data.body(name).xquat]) for name in scene.BLOCKS
+        }
         pads = {name: np.array(pad.xy) for name, pad in scene.PADS.items()}
         return {"is_success": self.is_success, "poses": {"blocks": blocks, "pads": pads}}
 
     def _image(self, camera: str) -> UInt8[np.ndarray, "height width 3"]:
         if self._renderer is None:
             self._renderer = mujoco.Renderer(self.model, self.image_size, self.image_size)
-            # an environment that nobody closed must let go of its context before the interpreter takes EGL down
-            weakref.finalize(self, self._renderer.close)
+            _DRAWING.add(self)
+            # last registered runs first: before MuJoCo's own exit takes EGL away from renderers that nobody closed
+            atexit.unregister(_close_all)
+            atexit.register(_close_all)
             for flag in ("mjRND_SHADOW", "mjRND_REFLECTION"):
                 self._renderer.scene.flags[getattr(mujoco.mjtRndFlag, flag)] = 0
         self._renderer.update_scene(self.data, camera)
@@ -160,3 +173,8 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
 def observation(obs: dict[str, Any]) -> Observation:
     """The environment's observation as a policy takes it."""
     return Observation(images=obs["pixels"], state=obs["state"], instruction=obs["instruction"])
+
+
+def _close_all() -> None:
+    for env in list(_DRAWING):
+        env.close()
