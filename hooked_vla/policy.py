@@ -202,7 +202,7 @@ class Processor:
         tokenizer = Tokenizer(spec.features, folder)
         return cls(spec.features, normalizer, tokenizer, spec.flow.d_state, spec.vlm.d_vocab)
 
-    def __call__(self, obs: Observation | Mapping[str, Any], device: torch.device) -> tuple[Any, bool]:
+    def __call__(self, obs: Observation | Mapping[str, Any] | ModelInputs, device: torch.device) -> tuple[Any, bool]:
         """Inputs for the network, and whether the batch was raw (its actions are then to be un-normalised).
 
         Raises KeyError for a missing camera or entry, ValueError for one of the wrong shape, range or width or

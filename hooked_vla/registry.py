@@ -5,9 +5,8 @@ import pkgutil
 from functools import cache
 from types import ModuleType
 
-from torch import nn
-
-from hooked_vla import model_specs, processors
+from hooked_vla import processors
+from hooked_vla.models.network import Network
 from hooked_vla.policy import Processor
 from hooked_vla.spec import ModelSpec
 
@@ -16,6 +15,8 @@ SIZES = ("full", "tiny")
 
 @cache
 def _spec_modules() -> dict[str, ModuleType]:
+    # by name: the package is mapped in pyproject.toml, which static checkers do not follow
+    model_specs = importlib.import_module("hooked_vla.model_specs")
     names = [info.name for info in pkgutil.iter_modules(model_specs.__path__, "hooked_vla.model_specs.")]
     found = [importlib.import_module(name) for name in names]
     return {module.SPEC.name: module for module in sorted(found, key=lambda module: module.SPEC.name)}
@@ -57,7 +58,7 @@ def family(spec: ModelSpec) -> ModuleType:
     return importlib.import_module(f"hooked_vla.models.{spec.family}")
 
 
-def build_network(spec: ModelSpec) -> nn.Module:
+def build_network(spec: ModelSpec) -> Network:
     """The network of a spec, initialised by PyTorch's defaults."""
     return family(spec).NETWORK(spec)
 

@@ -16,6 +16,7 @@ from hooked_vla import lerobot, registry
 from hooked_vla.hooks.cache_file import write_safetensors
 from hooked_vla.hooks.model import HookedModel
 from hooked_vla.inputs import Actions, Draws, ModelInputs, Observation, Segments
+from hooked_vla.models.network import Network
 from hooked_vla.policy import Processor
 from hooked_vla.spec import ModelSpec
 from hooked_vla.weights import (
@@ -41,7 +42,9 @@ class HookedVLA(HookedModel):
     `select_action` never record gradients. Hooks work the same through all of them.
     """
 
-    def __init__(self, spec: ModelSpec, net: nn.Module, processor: Processor) -> None:
+    net: Network
+
+    def __init__(self, spec: ModelSpec, net: Network, processor: Processor) -> None:
         super().__init__(net)
         self.spec = spec
         self.processor = processor
@@ -69,7 +72,7 @@ class HookedVLA(HookedModel):
         return cls.from_network(spec, net.eval())
 
     @classmethod
-    def from_network(cls, spec: ModelSpec, net: nn.Module) -> "HookedVLA":
+    def from_network(cls, spec: ModelSpec, net: Network) -> "HookedVLA":
         """A model around a network of the spec, without a checkpoint's files."""
         return cls(spec, net, registry.processor_class(spec).from_files(spec, None, {}, {}))
 
@@ -106,7 +109,7 @@ class HookedVLA(HookedModel):
             lambda name: (_lookup(devices, name), _parameter_dtype(name, spec, dtype)), spec.tied,
         )  # fmt: skip
         if device_map is not None:
-            net = dispatch_model(net, devices, offload_dir=offload_dir, force_hooks=True)
+            dispatch_model(net, devices, offload_dir=offload_dir, force_hooks=True)
         sidecars = checkpoint.sidecars()
         stored = {key: checkpoint.read(key) for key in statistics}
         values: dict[str, dict[str, Tensor]] = {}

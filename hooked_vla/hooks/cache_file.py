@@ -43,7 +43,7 @@ def write_safetensors(
             file.write(len(encoded).to_bytes(8, "little") + encoded)
             for _, _, _, make in tensors:
                 raw = make().detach().cpu().contiguous()
-                file.write(memoryview(raw.reshape(-1).view(torch.uint8).numpy()))
+                file.write(raw.reshape(-1).view(torch.uint8).numpy().data)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

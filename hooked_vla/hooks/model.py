@@ -72,7 +72,7 @@ class _Stop(Exception):
 class HookedModel(nn.Module):
     """A policy whose activations have names; see `run_with_cache`, `run_with_hooks`, `hooks`."""
 
-    net: nn.Module
+    net: Any
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

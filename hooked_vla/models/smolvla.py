@@ -30,6 +30,7 @@ from hooked_vla.components.vit import ViT
 from hooked_vla.hooks.point import HookPoint, Run
 from hooked_vla.inputs import ACTION, LANGUAGE, PAD, SPECIAL, STATE, Draws, Segments, VLAInputs, image_segment
 from hooked_vla.lerobot import read_features, write_features
+from hooked_vla.models.network import Network
 from hooked_vla.spec import DecoderSpec, ExpertSpec, FlowSpec, FlowVLASpec, PrefixSpec, VisionSpec
 
 
@@ -134,6 +135,7 @@ class LanguageModel(nn.Module):
         caches = []
         x = tokens
         for block in self.blocks:
+            assert isinstance(block, Block)
             x, kv = block.with_keys_values(x, by, mask)
             caches.append(kv)
         return self.ln_final(x), caches
@@ -216,7 +218,7 @@ class ActionExpert(nn.Module):
         return noisy, self.hook_velocity(velocity)
 
 
-class SmolVLA(nn.Module):
+class SmolVLA(Network):
     """The whole network: images, tokens, state and noise to a normalised action chunk at its padded width."""
 
     def __init__(self, spec: FlowVLASpec) -> None:

@@ -141,7 +141,7 @@ def test_gymnasium_finds_and_accepts_it():
     env.close()
 
 
-def test_agent_camera_looks_from_behind_with_the_pads_at_the_far_side(env):
+def test_agent_image_is_upright_with_x_to_the_right(env):
     env.reset(seed=0)
     image = env.render().astype(int)
     orange = (image[..., 0] > 180) & (image[..., 1] > 90) & (image[..., 1] < 150) & (image[..., 2] < 60)

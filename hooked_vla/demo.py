@@ -1,0 +1,345 @@
+"""The library's main job on simulated input: a policy acts, is looked into, and is patched from one scene to another.
+
+Scene A and scene B differ in objects, gripper and instruction. Every arm starts from the same noise, so whatever
+differs between two action chunks was put there. The weights are random: the numbers show what the machinery does,
+not what a trained policy does, and everything written says so. Needs the `sim` extra.
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from rich.console import Console
+from torch import Tensor
+
+from hooked_vla.hooks import ActivationCache, HookPoint
+from hooked_vla.inputs import ACTION, LANGUAGE, PAD, STATE, Observation, image_segment
+from hooked_vla.rollouts import needs_sim_extra
+from hooked_vla.vla import HookedVLA
+
+NOTICE = "randomly initialised weights, reduced size: shows the machinery, not behaviour"
+MODEL, SIZE = "smolvla", "tiny"
+# block and pad of each scene; the instructions are equally long, so that token positions correspond
+GOALS = {"A": ("red", "orange"), "B": ("green", "cyan")}
+RESIDUALS_AND_PATTERNS = ("*.hook_resid_pre", "*.hook_resid_mid", "*.hook_resid_post", "*.hook_pattern")
+PATCHED = ("{}.blocks.*.hook_resid_pre", "{}.blocks.*.hook_resid_post")
+ALL = "all"
+N_RANDOM = 3
+PACKAGES = ("hooked-vla", "torch", "numpy", "mujoco", "gymnasium", "matplotlib")
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What an edit of run A did to its action chunk, measured by the difference between the chunks of runs B and A.
+
+    displacement: |edited - A| / |B - A|. toward_b: the part of it along B - A; 1 is all the way.
+    outcome: "replay" where the edited run gives B's actions bit for bit, "no effect" where it gives A's, or "partial".
+    """
+
+    displacement: float
+    toward_b: float
+    outcome: str
+
+
+@dataclass(frozen=True)
+class Patch(Effect):
+    """The effect of giving the tokens of `segment` run B's residual stream at `site`, in run A.
+
+    random_displacement: mean displacement by edits in random directions, of the same length at every token.
+    """
+
+    site: str
+    segment: str
+    n_tokens: int
+    random_displacement: float
+
+
+class Pair:
+    """Runs A and B of one model from the same noise; everything else is measured against them."""
+
+    def __init__(self, model: HookedVLA, a: Observation, b: Observation, noise: Tensor) -> None:
+        self.model, self.a, self.b, self.noise = model, a, b, noise
+        self.segments = model.segments(model.prepare(a))["vlm"]
+        if not torch.equal(self.segments.labels, model.segments(model.prepare(b))["vlm"].labels):
+            raise ValueError("the two observations give different token layouts; use instructions of equal length")
+        self.chunk_a, self.chunk_b = self.chunk(a, noise), self.chunk(b, noise)
+        if torch.equal(self.chunk_a, self.chunk_b):
+            raise ValueError("the two observations give the same actions: there is no difference to explain")
+
+    def chunk(self, obs: Observation, noise: Tensor) -> Float[Tensor, "batch step d_action"]:
+        return self.model(obs, noise).normalized
+
+    def effect(self, chunk: Float[Tensor, "batch step d_action"]) -> Effect:
+        moved, whole = ((each - self.chunk_a).double().flatten() for each in (chunk, self.chunk_b))
+        exact = {"replay": self.chunk_b, "no effect": self.chunk_a}
+        return Effect(
+            displacement=float(moved.norm() / whole.norm()),
+            toward_b=float(moved @ whole / whole.norm() ** 2),
+            outcome=next((name for name, target in exact.items() if torch.equal(chunk, target)), "partial"),
+        )
+
+    def edited(self, site: str, edit: Callable[[Tensor, HookPoint], Tensor]) -> Effect:
+        """The effect of an edit of run A."""
+        with self.model.hooks([(site, edit)]):
+            return self.effect(self.chunk(self.a, self.noise))
+
+    def patch(
+        self,
+        source: ActivationCache,
+        site: str,
+        segment: str,
+        mask: Bool[Tensor, "batch seq"],
+        generator: torch.Generator,
+    ) -> Patch:
+        """A patch from the cached run, and its random controls."""
+
+        def donor(hook: HookPoint) -> Tensor:
+            cached = source[site]
+            return cached if hook.denoise_step is None else cached[hook.denoise_step]
+
+        def give_tokens(value: Tensor, hook: HookPoint) -> Tensor:
+            return torch.where(mask[..., None], donor(hook), value)
+
+        def push_at_random(value: Tensor, hook: HookPoint) -> Tensor:
+            direction = torch.randn(value.shape, generator=generator)
+            direction *= (donor(hook) - value).norm(dim=-1, keepdim=True) / direction.norm(dim=-1, keepdim=True)
+            return torch.where(mask[..., None], value + direction, value)
+
+        effect = self.edited(site, give_tokens)
+        pushes = [self.edited(site, push_at_random).displacement for _ in range(N_RANDOM)]
+        return Patch(
+            **asdict(effect), site=site, segment=segment, n_tokens=int(mask.sum()),
+            random_displacement=sum(pushes) / N_RANDOM,
+        )  # fmt: skip
+
+
+def run_demo(out: Path, seed: int = 0, steps: int = 24) -> dict[str, Any]:
+    """Run the demonstration; write attention.png, patch_effect.png and demo.json into `out`, and return the latter.
+
+    steps: how many environment steps the policy acts in each scene.
+    Raises ModuleNotFoundError naming the `sim` extra where it is not installed.
+    """
+    with needs_sim_extra():
+        from hooked_vla import demo_figures as show
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    out.mkdir(parents=True, exist_ok=True)
+    console, clock, generator = Console(), Clock(), torch.Generator().manual_seed(seed)
+    results: dict[str, Any] = {"notice": NOTICE}
+    with one_thread(), torch.no_grad():
+        console.print(f"{MODEL} {SIZE}, seed {seed}: [bold]{NOTICE}[/bold]")
+        model = HookedVLA.from_spec(MODEL, SIZE, seed)
+        results["settings"] = settings(model, seed, steps)
+        show.print_hook_points(console, model.hook_points)
+        clock.lap("model")
+
+        scenes = {name: act(model, name, 2 * seed + i, steps, generator) for i, name in enumerate(GOALS)}
+        results["rollouts"] = {name: rollout for name, (_, rollout) in scenes.items()}
+        clock.lap("rollouts")
+        show.print_rollouts(console, results["rollouts"], clock.laps["rollouts"])
+
+        pair = Pair(model, scenes["A"][0], scenes["B"][0], draw_noise(model, generator))
+        n_bytes = model.cache_size(pair.a, RESIDUALS_AND_PATTERNS)
+        console.print(f"cache_size of every residual and attention pattern: {n_bytes:,} bytes")
+        actions, cache = model.run_with_cache(pair.a, RESIDUALS_AND_PATTERNS, pair.noise)
+        console.print(f"cached: {cache!r}")
+        assert actions is not None
+        results["cache"] = {"tensors": len(cache), "predicted_bytes": n_bytes, "held_bytes": cache.nbytes}
+        results["attention"] = attention_maps(cache, tuple(pair.a.images))
+        clock.lap("attention")
+
+        results["controls"] = controls(pair, actions.normalized, generator)
+        results["input_swaps"] = {name: asdict(effect) for name, effect in input_swaps(pair).items()}
+        vlm, expert = patch_vlm(pair, generator), patch_expert(pair, generator)
+        results["vlm_patches"], results["expert_patches"] = ([asdict(each) for each in part] for part in (vlm, expert))
+        clock.lap("patches")
+        show.print_effects(console, results)
+
+        pictures = {
+            "attention.png": lambda path: show.draw_attention(path, results, pair.a.images, model.spec.features.resize),
+            "patch_effect.png": lambda path: show.draw_effects(path, results),
+        }
+        for name, draw in pictures.items():
+            write_whole(out / name, draw)
+        clock.lap("figures")
+    results["seconds"] = clock.laps | {"total": sum(clock.laps.values())}
+    write_whole(out / "demo.json", lambda path: path.write_text(json.dumps(results, indent=1)))
+    console.print(f"wrote {', '.join(pictures)} and demo.json to {out}; {results['seconds']['total']:.1f} s in all")
+    console.print(f"[bold]{NOTICE}[/bold]")
+    return results
+
+
+def act(
+    model: HookedVLA, name: str, seed: int, steps: int, generator: torch.Generator
+) -> tuple[Observation, dict[str, Any]]:
+    """Let the policy act in a scene; its first observation, and what happened."""
+    from hooked_vla.rollouts.tabletop import TabletopEnv, observation
+
+    block, pad = GOALS[name]
+    env = TabletopEnv(block=block, pad=pad)
+    obs, info = env.reset(seed=seed)
+    first, states = observation(obs), [obs["state"]]
+    model.reset()
+    for step in range(steps):
+        model.run_state.env_step = step
+        # the noise counts only when the queue is empty and a new chunk is made
+        action = model.select_action(observation(obs), noise=draw_noise(model, generator))
+        obs, _, terminated, _, info = env.step(action[0])
+        states.append(obs["state"])
+        if terminated:
+            break
+    model.run_state.env_step = None
+    env.close()
+    path = torch.as_tensor(states).double().diff(dim=0)[:, :3].norm(dim=1).sum()
+    return first, {
+        "seed": seed,
+        "instruction": obs["instruction"],
+        "env_steps": len(states) - 1,
+        "first_state": states[0].tolist(),
+        "last_state": states[-1].tolist(),
+        "gripper_path_metres": float(path),
+        "is_success": info["is_success"],
+    }
+
+
+def draw_noise(model: HookedVLA, generator: torch.Generator) -> Float[Tensor, "1 chunk d_action"]:
+    """Starting noise for one chunk."""
+    shape = [size for size in model.hook_points["expert.hook_noisy_actions"].shape if isinstance(size, int)]
+    return torch.randn(1, *shape, generator=generator)
+
+
+def attention_maps(cache: ActivationCache, cameras: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Attention that each camera's tokens receive, by three readers; mean over layers, heads, queries (and steps).
+
+    grid: per token, rows from the top, as a multiple of uniform attention over the keys that the query sees.
+    share: fraction of all attention that goes to the camera.
+    """
+    readers = {
+        "vision": ("vision.blocks.*.attn.hook_pattern", None),
+        "vlm": ("vlm.blocks.*.attn.hook_pattern", LANGUAGE),
+        "expert": ("expert.blocks.*.cross_attn.hook_pattern", ACTION),
+    }
+    found: dict[str, dict[str, Any]] = {}
+    for reader, (sites, query) in readers.items():
+        patterns = cache.stack(sites)
+        *_, n_query, n_key = patterns.shape
+        site = next(name for name in cache if name.startswith(f"{reader}.") and name.endswith("hook_pattern"))
+        segments = cache[site].token_segments
+        for row, camera in enumerate(cameras):
+            if query is None:
+                # each camera's image is a row of its own, and all its patches are its tokens
+                seen, keys = patterns[:, row], torch.arange(n_key)
+            else:
+                seen = patterns[..., segments["query"].positions(query)[0], :]
+                keys = segments["key"].positions(image_segment(camera))[0]
+            n_visible = (seen > 0).sum(-1, keepdim=True)
+            side = isqrt(len(keys))
+            grid = (seen * n_visible)[..., keys].flatten(0, -2).mean(0).reshape(side, side)
+            share = float(seen[..., keys].sum(-1).mean())
+            found.setdefault(reader, {})[camera] = {"grid": grid.tolist(), "share": share}
+    return found
+
+
+def controls(pair: Pair, actions_with_cache: Tensor, generator: torch.Generator) -> dict[str, Any]:
+    """What the effects are to be held against: runs that should change nothing, and one that only redraws noise."""
+    rerun = pair.effect(pair.chunk(pair.a, pair.noise))
+    kept = pair.edited("*.hook_resid_pre", lambda value, _: value.clone())
+    redrawn = pair.effect(pair.chunk(pair.a, draw_noise(pair.model, generator)))
+    return {
+        "rerun_displacement": rerun.displacement,
+        "identity_edit_displacement": kept.displacement,
+        "watching_patterns_displacement": pair.effect(actions_with_cache).displacement,
+        "other_noise_displacement": redrawn.displacement,
+        "norm_of_a": float(pair.chunk_a.norm()),
+        "norm_of_b_minus_a": float((pair.chunk_b - pair.chunk_a).norm()),
+    }
+
+
+def input_swaps(pair: Pair) -> dict[str, Effect]:
+    """Scene A with one part of the observation taken from B, by the name of the part's token segment."""
+    a, b = pair.a, pair.b
+    swapped = {
+        image_segment(camera): replace(a, images={**a.images, camera: b.images[camera]}) for camera in a.images
+    }
+    swapped |= {LANGUAGE: replace(a, instruction=b.instruction), STATE: replace(a, state=b.state), ALL: b}
+    return {name: pair.effect(pair.chunk(obs, pair.noise)) for name, obs in swapped.items()}
+
+
+def patch_vlm(pair: Pair, generator: torch.Generator) -> list[Patch]:
+    """Each segment's residual stream, at each layer of the language model."""
+    sites = [pattern.format("vlm") for pattern in PATCHED]
+    _, source = pair.model.run_with_cache(pair.b, sites, pair.noise)
+    masks = {name: pair.segments.mask(name) for name in pair.segments.present() if name != PAD}
+    masks[ALL] = torch.ones_like(pair.segments.labels, dtype=torch.bool)
+    return [
+        pair.patch(source, site, segment, mask, generator)
+        for site in source.resid_labels("vlm")
+        for segment, mask in masks.items()
+    ]
+
+
+def patch_expert(pair: Pair, generator: torch.Generator) -> list[Patch]:
+    """All action tokens' residual stream, at each layer of the expert and every denoise step."""
+    _, source = pair.model.run_with_cache(pair.b, [pattern.format("expert") for pattern in PATCHED], pair.noise)
+    labels = source.resid_labels("expert")
+    mask = torch.ones(source[labels[0]].shape[1:3], dtype=torch.bool)
+    return [pair.patch(source, site, ALL, mask, generator) for site in labels]
+
+
+def settings(model: HookedVLA, seed: int, steps: int) -> dict[str, Any]:
+    """What is needed to repeat the run, and the machine that its seconds belong to."""
+    return {
+        "model": MODEL,
+        "size": SIZE,
+        "weights": "random",
+        "seed": seed,
+        "steps": steps,
+        "n_random_directions": N_RANDOM,
+        "n_parameters": sum(each.numel() for each in model.parameters()),
+        "n_hook_points": len(model.points),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, 1 thread",
+    }
+
+
+class Clock:
+    """Seconds spent in each part, from one lap to the next."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self._since = now - self._since, now
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run PyTorch on one thread: at this size threads cost more than they give, and results repeat bit for bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a file that appears under its name only when complete."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
