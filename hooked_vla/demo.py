@@ -33,6 +33,7 @@ MODEL, SIZE = "smolvla", "tiny"
 GOALS = {"A": ("red", "orange"), "B": ("green", "cyan")}
 RESIDUALS_AND_PATTERNS = ("*.hook_resid_pre", "*.hook_resid_mid", "*.hook_resid_post", "*.hook_pattern")
 PATCHED = ("{}.blocks.*.hook_resid_pre", "{}.blocks.*.hook_resid_post")
+IMAGE_SIZE = 192
 ALL = "all"
 N_RANDOM = 3
 PACKAGES = ("hooked-vla", "torch", "numpy", "mujoco", "gymnasium", "matplotlib")
@@ -162,6 +163,7 @@ def run_demo(out: Path, seed: int = 0, steps: int = 24) -> dict[str, Any]:
         results["input_swaps"] = {name: asdict(effect) for name, effect in input_swaps(pair).items()}
         vlm, expert = patch_vlm(pair, generator), patch_expert(pair, generator)
         results["vlm_patches"], results["expert_patches"] = ([asdict(each) for each in part] for part in (vlm, expert))
+        results["controls"]["swap_minus_first_patch"] = swap_minus_first_patch(results)
         clock.lap("patches")
         show.print_effects(console, results)
 
@@ -173,7 +175,7 @@ def run_demo(out: Path, seed: int = 0, steps: int = 24) -> dict[str, Any]:
             write_whole(out / name, draw)
         clock.lap("figures")
     results["seconds"] = clock.laps | {"total": sum(clock.laps.values())}
-    write_whole(out / "demo.json", lambda path: path.write_text(json.dumps(results, indent=1)))
+    write_whole(out / "demo.json", lambda path: path.write_text(json.dumps(results, indent=1, allow_nan=False)))
     console.print(f"wrote {', '.join(pictures)} and demo.json to {out}; {results['seconds']['total']:.1f} s in all")
     console.print(f"[bold]{NOTICE}[/bold]")
     return results
@@ -186,7 +188,7 @@ def act(
     from hooked_vla.rollouts.tabletop import TabletopEnv, observation
 
     block, pad = GOALS[name]
-    env = TabletopEnv(block=block, pad=pad)
+    env = TabletopEnv(IMAGE_SIZE, block, pad)
     obs, info = env.reset(seed=seed)
     first, states = observation(obs), [obs["state"]]
     model.reset()
@@ -200,7 +202,7 @@ def act(
             break
     model.run_state.env_step = None
     env.close()
-    path = torch.as_tensor(states).double().diff(dim=0)[:, :3].norm(dim=1).sum()
+    path = torch.tensor([state[:3].tolist() for state in states]).diff(dim=0).norm(dim=1).sum()
     return first, {
         "seed": seed,
         "instruction": obs["instruction"],
@@ -222,7 +224,7 @@ def attention_maps(cache: ActivationCache, cameras: Sequence[str]) -> dict[str, 
     """Attention that each camera's tokens receive, by three readers; mean over layers, heads, queries (and steps).
 
     grid: per token, rows from the top, as a multiple of uniform attention over the keys that the query sees.
-    share: fraction of all attention that goes to the camera.
+    share, uniform_share: fraction of all attention that goes to the camera, and would if it were uniform.
     """
     readers = {
         "vision": ("vision.blocks.*.attn.hook_pattern", None),
@@ -234,19 +236,22 @@ def attention_maps(cache: ActivationCache, cameras: Sequence[str]) -> dict[str, 
         patterns = cache.stack(sites)
         *_, n_query, n_key = patterns.shape
         site = next(name for name in cache if name.startswith(f"{reader}.") and name.endswith("hook_pattern"))
-        segments = cache[site].token_segments
+        streams = cache.entries[site].streams
         for row, camera in enumerate(cameras):
             if query is None:
                 # each camera's image is a row of its own, and all its patches are its tokens
                 seen, keys = patterns[:, row], torch.arange(n_key)
             else:
-                seen = patterns[..., segments["query"].positions(query)[0], :]
-                keys = segments["key"].positions(image_segment(camera))[0]
+                seen = patterns[..., cache.segments[streams["query"]].positions(query)[0], :]
+                keys = cache.segments[streams["key"]].positions(image_segment(camera))[0]
             n_visible = (seen > 0).sum(-1, keepdim=True)
             side = isqrt(len(keys))
             grid = (seen * n_visible)[..., keys].flatten(0, -2).mean(0).reshape(side, side)
-            share = float(seen[..., keys].sum(-1).mean())
-            found.setdefault(reader, {})[camera] = {"grid": grid.tolist(), "share": share}
+            found.setdefault(reader, {})[camera] = {
+                "grid": grid.tolist(),
+                "share": float(seen[..., keys].sum(-1).mean()),
+                "uniform_share": float((len(keys) / n_visible).mean()),
+            }
     return found
 
 
@@ -268,11 +273,16 @@ def controls(pair: Pair, actions_with_cache: Tensor, generator: torch.Generator)
 def input_swaps(pair: Pair) -> dict[str, Effect]:
     """Scene A with one part of the observation taken from B, by the name of the part's token segment."""
     a, b = pair.a, pair.b
-    swapped = {
-        image_segment(camera): replace(a, images={**a.images, camera: b.images[camera]}) for camera in a.images
-    }
+    swapped = {image_segment(camera): replace(a, images={**a.images, camera: b.images[camera]}) for camera in a.images}
     swapped |= {LANGUAGE: replace(a, instruction=b.instruction), STATE: replace(a, state=b.state), ALL: b}
     return {name: pair.effect(pair.chunk(obs, pair.noise)) for name, obs in swapped.items()}
+
+
+def swap_minus_first_patch(results: dict[str, Any]) -> float:
+    """Largest difference between swapping an input and patching the same tokens where they enter the first block."""
+    first = [patch for patch in results["vlm_patches"] if patch["site"] == results["vlm_patches"][0]["site"]]
+    return max(abs(patch[key] - results["input_swaps"][patch["segment"]][key])
+               for patch in first for key in ("displacement", "toward_b"))  # fmt: skip
 
 
 def patch_vlm(pair: Pair, generator: torch.Generator) -> list[Patch]:
@@ -304,6 +314,7 @@ def settings(model: HookedVLA, seed: int, steps: int) -> dict[str, Any]:
         "weights": "random",
         "seed": seed,
         "steps": steps,
+        "image_size": IMAGE_SIZE,
         "n_random_directions": N_RANDOM,
         "n_parameters": sum(each.numel() for each in model.parameters()),
         "n_hook_points": len(model.points),

@@ -17,9 +17,9 @@ TASK = "task"
 PREPROCESSOR = "policy_preprocessor.json"
 POSTPROCESSOR = "policy_postprocessor.json"
 
-# older checkpoints keep statistics beside the weights, sometimes with a robot's name before "buffer"
+# older checkpoints keep statistics beside the weights, sometimes with a robot's name (so100-blue) before "buffer"
 _BUFFER = re.compile(
-    r"(?:normalize_inputs|normalize_targets|unnormalize_outputs)\.(?:\w+_)?buffer_(\w+)\.(mean|std|min|max|q\d\d)"
+    r"(?:normalize_inputs|normalize_targets|unnormalize_outputs)\.(?:([\w-]+)_)?buffer_(\w+)\.(mean|std|min|max|q\d\d)"
 )
 
 
@@ -31,6 +31,11 @@ def image_key(camera: str) -> str:
 def camera_name(key: str) -> str:
     """Camera of a batch key."""
     return key.removeprefix(IMAGES)
+
+
+def is_empty_camera(camera: str) -> bool:
+    """Whether the camera is a placeholder that `empty_cameras` adds to the features."""
+    return re.fullmatch(r"empty_camera_\d+", camera) is not None
 
 
 def image_mask_key(camera: str) -> str:
@@ -92,18 +97,27 @@ def is_statistics_key(key: str) -> bool:
 def statistics_of_buffers(keys: Iterable[str], feature_keys: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Buffer key -> (feature key, statistic), for older checkpoints; buffers write dots as underscores.
 
+    Of several robots' statistics for a feature none is the feature's own: they go under `<robot>.buffer.<feature>`, as
+    in LeRobot's processor files of such checkpoints.
     Raises ValueError for a buffer of no known feature.
     """
     by_buffer = {key.replace(".", "_"): key for key in feature_keys}
-    found = {}
+    found: dict[str, tuple[str, str, str]] = {}
+    robots: dict[str, set[str]] = {}
     for key in keys:
         match = _BUFFER.fullmatch(key)
         if match is None:
             continue
-        if match.group(1) not in by_buffer:
+        robot, buffer, statistic = match.groups(default="")
+        if buffer not in by_buffer:
             raise ValueError(f"statistics {key!r} belong to no feature of config.json; features: {sorted(by_buffer)}")
-        found[key] = (by_buffer[match.group(1)], match.group(2))
-    return found
+        found[key] = (robot, by_buffer[buffer], statistic)
+        robots.setdefault(by_buffer[buffer], set()).add(robot)
+    own = {feature: "" if "" in names or len(names) > 1 else next(iter(names)) for feature, names in robots.items()}
+    return {
+        key: (feature if robot == own[feature] else f"{robot}.buffer.{feature}", statistic)
+        for key, (robot, feature, statistic) in found.items()
+    }
 
 
 def processor_steps(text: str | bytes, file: str) -> list[dict[str, Any]]:

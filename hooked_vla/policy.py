@@ -78,7 +78,10 @@ def read_normalizer(
     modes = {lerobot.image_key(c): features.normalization.get("VISUAL", "IDENTITY") for c in features.cameras}
     modes[lerobot.OBS_STATE] = features.normalization.get("STATE", "IDENTITY")
     modes[lerobot.ACTION] = features.normalization.get("ACTION", "IDENTITY")
-    values = {key: dict(each) for key, each in statistics.items()}
+    # a feature that the older layout had no statistics for stands there with infinite ones
+    values = {
+        key: dict(each) for key, each in statistics.items() if all(bool(v.isfinite().all()) for v in each.values())
+    }
     eps = Normalizer.eps
     for file in (lerobot.PREPROCESSOR, lerobot.POSTPROCESSOR):
         for step in lerobot.processor_steps(files[file], file) if file in files else []:
@@ -94,14 +97,14 @@ def read_normalizer(
 class Tokenizer:
     """Instruction text to padded ids, by the tokenizer that the checkpoint brings or names; loaded on first use."""
 
-    def __init__(self, features: FeatureSpec, folder: Path | None) -> None:
-        self.features, self.folder = features, folder
+    def __init__(self, features: FeatureSpec, folder: Path | None, d_vocab: int) -> None:
+        self.features, self.folder, self.d_vocab = features, folder, d_vocab
         self._tokenizer: Any = None
 
     def __call__(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """ids [B, text] and mask [B, text].
 
-        Raises ValueError for an instruction of more tokens than the model was made for.
+        Raises ValueError for an instruction of more tokens than the model was made for, or of ids it does not know.
         """
         tokenizer = self.load()
         prompts = [text if text.endswith("\n") else f"{text}\n" for text in instructions]
@@ -110,6 +113,10 @@ class Tokenizer:
             if len(each) > self.features.max_text:
                 raise ValueError(
                     f"instruction of {len(each)} tokens, but the model takes {self.features.max_text}: {text!r}"
+                )
+            if max(each, default=0) >= self.d_vocab:
+                raise ValueError(
+                    f"the tokenizer made id {max(each)} of {text!r}, but the model knows {self.d_vocab} ids"
                 )
         longest = max(len(each) for each in ids)
         length = self.features.max_text if self.features.pad_text == "max_length" else longest
@@ -199,7 +206,7 @@ class Processor:
         bare = [key for key, m in normalizer.modes.items() if m != "IDENTITY" and key not in normalizer.statistics]
         if bare and folder is not None:
             logger.warning("no statistics in the checkpoint for %s: their values pass unchanged", bare)
-        tokenizer = Tokenizer(spec.features, folder)
+        tokenizer = Tokenizer(spec.features, folder, spec.vlm.d_vocab)
         return cls(spec.features, normalizer, tokenizer, spec.flow.d_state, spec.vlm.d_vocab)
 
     def __call__(self, obs: Observation | Mapping[str, Any] | ModelInputs, device: torch.device) -> tuple[Any, bool]:
@@ -262,7 +269,8 @@ class Processor:
 
     def _images(self, obs: Mapping[str, Any], batch: int, raw: bool) -> tuple[Tensor, Tensor, tuple[str, ...]]:
         present = [camera for camera in self.features.cameras if lerobot.image_key(camera) in obs]
-        missing = [camera for camera in self.features.cameras if camera not in present]
+        absent = [camera for camera in self.features.cameras if camera not in present]
+        missing = [camera for camera in absent if not lerobot.is_empty_camera(camera)]
         if not present or len(missing) > self.features.empty_cameras:
             raise KeyError(
                 f"missing cameras {missing}: expected {[lerobot.image_key(c) for c in missing]} in the observation, "
@@ -270,8 +278,11 @@ class Processor:
             )
         images, seen = {}, {}
         for camera in present:
-            image = check_image(camera, _tensor(obs, lerobot.image_key(camera)), batch)
-            image = self.normalizer(lerobot.image_key(camera), image) if raw else image
+            key = lerobot.image_key(camera)
+            # past the checkpoint's preprocessor, images that it normalises have left 0..1
+            in_range = raw or self.normalizer.modes[key] == "IDENTITY"
+            image = check_image(camera, _tensor(obs, key), batch, in_range)
+            image = self.normalizer(key, image) if raw else image
             if self.features.resize is not None:
                 image = resize_with_pad(image, *self.features.resize)
             images[camera] = image * 2 - 1
@@ -280,16 +291,19 @@ class Processor:
         sizes = {camera: tuple(image.shape[-2:]) for camera, image in images.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"without resizing, all cameras need one image size; got {sizes}")
-        for camera in missing:
-            # a camera that the robot lacks: a blank image that no token attends to
+        # cameras that the robot lacks: blank images that no token attends to, so many as empty_cameras says
+        blank = absent[: self.features.empty_cameras]
+        for camera in blank:
             images[camera] = torch.full_like(images[present[0]], -1.0)
             seen[camera] = torch.zeros(batch, dtype=torch.bool)
-        order = (*present, *missing)
+        order = (*present, *blank)
         return torch.stack([images[c] for c in order], dim=1), torch.stack([seen[c] for c in order], dim=1), order
 
 
-def check_image(camera: str, image: Tensor, batch: int) -> Float[Tensor, "batch 3 height width"]:
-    """A camera's images as float32 in 0..1.
+def check_image(
+    camera: str, image: Tensor, batch: int, in_range: bool
+) -> Float[Tensor, "batch 3 height width"]:
+    """A camera's images as float32; in_range: they must be in 0..1.
 
     Raises TypeError or ValueError naming the camera and what was expected.
     """
@@ -301,7 +315,7 @@ def check_image(camera: str, image: Tensor, batch: int) -> Float[Tensor, "batch 
     if not image.isfinite().all():
         raise ValueError(f"camera {camera!r}: images have NaN or infinite values")
     low, high = image.aminmax()
-    if low < -_ROUNDING or high > 1 + _ROUNDING:
+    if in_range and (low < -_ROUNDING or high > 1 + _ROUNDING):
         raise ValueError(f"camera {camera!r}: images must be in 0..1, got {float(low):g}..{float(high):g}")
     return image.float()
 

@@ -201,8 +201,9 @@ class HookedVLA(HookedModel):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
-        return next(self.net.parameters()).device
+        """Where inputs go: the device of the first weights that are in memory."""
+        places = (parameter.device for parameter in self.net.parameters() if not parameter.is_meta)
+        return next(places, torch.device("cpu"))
 
 
 def _feature_keys(checkpoint: Checkpoint) -> list[str]:
@@ -239,4 +240,4 @@ def _lookup(devices: Mapping[str, Any], name: str) -> torch.device:
     if not prefixes:
         raise ValueError(f"device_map says nothing about {name}; it has {sorted(devices)}")
     place = devices[max(prefixes, key=len)]
-    return torch.device("cpu") if place == "disk" else torch.device(place)
+    return torch.device("cpu") if place == "disk" else _device(place)

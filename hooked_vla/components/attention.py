@@ -33,6 +33,11 @@ def _flash_attention() -> Any:
     return importlib.import_module("flash_attn").flash_attn_func
 
 
+def flash_takes(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether flash-attn can run this: half precision on a GPU, no mask."""
+    return mask is None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+
+
 class Attention(nn.Module):
     """Multi-head attention; n_kv_heads < n_heads shares each key and value head between neighbouring query heads.
 
@@ -68,7 +73,7 @@ class Attention(nn.Module):
         """softmax(q kᵀ / sqrt(d_head) + mask) v, projected out; softmax in float32."""
         if self.hook_attn_scores.listeners or self.hook_pattern.listeners:
             z = self._attend_in_the_open(q, k, v, mask)
-        elif mask is None and q.is_cuda and q.dtype != torch.float32 and _flash_attention() is not None:
+        elif flash_takes(q, mask) and _flash_attention() is not None:
             z = _flash_attention()(q, k, v, softmax_scale=self.scale)
         else:
             q, k, v = (rearrange(t, "b s h d -> b h s d") for t in (q, k, v))

@@ -16,8 +16,9 @@ class Block(nn.Module):
                  attn_name: str = "attn") -> None:  # fmt: skip
         super().__init__()
         self.d_model, self.attn_name = d_model, attn_name
-        self.ln1, self.ln2, self.mlp = ln1, ln2, mlp
+        self.ln1 = ln1
         self.add_module(attn_name, attn)
+        self.ln2, self.mlp = ln2, mlp
         self.hook_resid_pre = HookPoint("batch seq d_model")
         self.hook_attn_out = HookPoint("batch seq d_model")
         self.hook_resid_mid = HookPoint("batch seq d_model")

@@ -359,7 +359,8 @@ class Recorder:
             point = points[name]
             parts[name] = tensors
             steps = tuple(at_steps)[: len(self.parts[name])] if denoised else None
-            entries[name] = Entry(("denoise", *point.axes) if denoised else point.axes, point.streams, steps)
+            axes = (hook_names.DENOISED[point.pathway], *point.axes) if denoised else point.axes
+            entries[name] = Entry(axes, point.streams, steps)
         for name, by_step in self.gradients.items():
             if name not in parts:
                 continue

@@ -15,11 +15,17 @@ PATHWAYS = {
     "connector": "map from image features to language-model tokens",
     "vlm": "language model over the prefix: image, language and state tokens; runs once per chunk",
     "expert": "action expert; runs once per denoise step",
+    "decode": "the vlm's weights over tokens that the model generates, one at a time after the prefix",
     "head": "what turns the expert's last outputs into an action chunk",
 }
 
-# The expert runs several times per chunk: what it caches has a leading denoise axis.
-DENOISED = frozenset({"expert"})
+# Pathways that run several times per chunk, and the name of the leading step axis of what they cache. A step is one
+# pass of the network's loop, counted from 0 in `run.denoise_step`: a denoise step of the expert, or one generated
+# token. Of a model that generates, the pass over the prefix is `vlm` and has no step: it chooses the first token.
+# `decode` shares the vlm's weights and has hook points of its own: step i reads token i and chooses token i + 1, so
+# n tokens take n - 1 steps. Its keys are the prefix's, then one slot for every token that may come, those to come
+# masked: so every step has the same shapes and steps stack.
+DENOISED = {"expert": "denoise", "decode": "decode"}
 
 MODULES = {
     "blocks": "transformer blocks, numbered from 0",
@@ -63,6 +69,8 @@ LEAVES = {
     "hook_noisy_actions": "action chunk being denoised, as this step begins; an edit carries on",
     "hook_time": "embedding of the denoising time",
     "hook_velocity": "predicted velocity of the action chunk",
+    "hook_logits": "scores of every token of the vocabulary as the next one, at the last position",
+    "hook_action_tokens": "ids of the generated tokens",
     "hook_actions": "the finished, normalised action chunk at its padded width",
 }
 
@@ -86,7 +94,7 @@ def layer(name: str) -> int | None:
 
 
 def is_denoised(name: str) -> bool:
-    """Whether the point fires once per denoise step."""
+    """Whether the point fires once per step of the network's loop: per denoise step, or per decoded token."""
     return pathway(name) in DENOISED
 
 

@@ -37,7 +37,8 @@ class SegmentTable:
 class Run:
     """State of the forward pass in progress, shared by all hook points of a model.
 
-    denoise_step: 0-based step of the expert's loop, None outside it. env_step: the environment step, set by
+    denoise_step: 0-based step of the loop in progress (the expert's denoise steps, or the tokens that `decode`
+    generates after the first), None outside it. env_step: the environment step, set by
     whoever drives a rollout. segments: who owns each token of each stream.
     """
 

@@ -310,17 +310,19 @@ def read_spec(base: FlowVLASpec, checkpoint: Any) -> FlowVLASpec:
     geometry = checkpoint.json("geometry.json") or {}
     named = checkpoint.json(f"{config.get('vlm_model_name', '')}/config.json") or {}
     shapes = checkpoint.shape
-    n_vlm = config.get("num_vlm_layers", -1)
-    if config.get("num_expert_layers", -1) not in (-1, 0, n_vlm):
+    # num_vlm_layers may ask for more than there are; what was cut off is not in the file
+    n_vlm, n_expert = _count(checkpoint, _TEXT + "layers."), config.get("num_expert_layers", -1)
+    if n_expert > 0 and n_expert != n_vlm:
         raise ValueError(
-            f"num_expert_layers={config['num_expert_layers']} with num_vlm_layers={n_vlm}: the expert must have as "
-            "many layers as the language model (with fewer, the public implementation fails too)"
+            f"num_expert_layers={n_expert} with {n_vlm} language-model layers: the expert must have as many layers as "
+            "the language model (with fewer, the public implementation fails too)"
         )
-    vlm = _read_decoder(base.vlm, shapes, _TEXT, n_vlm if n_vlm > 0 else _count(checkpoint, _TEXT + "layers."),
-                        {**_text_sizes(named), **geometry.get("vlm", {})})  # fmt: skip
+    given = {**_text_sizes(named), **geometry.get("vlm", {})}
+    vlm = _read_decoder(base.vlm, shapes, _TEXT, n_vlm, given)
     vlm = replace(vlm, d_vocab=shapes(_TEXT + "embed_tokens.weight")[0])
-    expert = _read_decoder(base.expert.decoder, shapes, _EXPERT, vlm.n_layers,
-                           {"d_head": vlm.d_head, **geometry.get("expert", {})})  # fmt: skip
+    # the expert's configuration is a narrower copy of the language model's
+    given = {"d_head": vlm.d_head, "act": vlm.act, "eps": vlm.eps, **geometry.get("expert", {})}
+    expert = _read_decoder(base.expert.decoder, shapes, _EXPERT, n_vlm, given)
     return replace(
         base,
         vision=_read_vision(base.vision, checkpoint, named.get("vision_config", {}), geometry.get("vision", {})),

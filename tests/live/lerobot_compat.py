@@ -219,3 +219,9 @@ def load_policy(folder: Path, vlm: Any, expert_d_mlp: int | None = None) -> Any:
 def make_processors(policy: Any, statistics: Mapping[str, Mapping[str, Any]]) -> tuple[Any, Any]:
     """LeRobot's preprocessor (tokenizer and normaliser) and postprocessor (un-normaliser) of a policy."""
     return importlib.import_module(_PROCESSORS).make_smolvla_pre_post_processors(policy.config, statistics)
+
+
+def modes(names: Mapping[str, str]) -> dict[str, Any]:
+    """A normalisation mapping in LeRobot's type: {"STATE": "MEAN_STD", ...}."""
+    types: Any = importlib.import_module("lerobot.configs.types")
+    return {feature: types.NormalizationMode(name) for feature, name in names.items()}

@@ -1,0 +1,280 @@
+"""How the demo shows what it measured: printed tables and two figures, all drawn from the numbers in demo.json.
+
+Figures are made without pyplot, so no window system and no global state is involved.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from hooked_vla.hooks import HookSite
+from hooked_vla.hooks.names import PATHWAYS, layer, leaf
+
+# what a pathway is shown by, where it has them
+EXAMPLES = ("hook_tokens", "hook_out", "hook_resid_pre", "hook_pattern", "hook_velocity", "hook_actions")
+READERS = {
+    "vision": "image encoder\npatches read patches",
+    "vlm": "VLM\nlanguage reads image tokens",
+    "expert": "expert, cross-attention\nactions read image tokens",
+}
+ATTENTION_COLOURS = "coolwarm"
+DPI = 150
+
+
+def print_hook_points(console: Console, sites: Mapping[str, HookSite]) -> None:
+    """How many points each pathway has, and some of them with their shapes."""
+    table = Table("pathway", "points", box=box.SIMPLE, pad_edge=False, title=f"{len(sites)} hook points")
+    table.add_column("for example", no_wrap=True)
+    table.add_column("shape")
+    for pathway in PATHWAYS:
+        mine = [site for site in sites.values() if site.pathway == pathway]
+        firsts = {leaf(site.name): site for site in reversed(mine)}
+        for i, site in enumerate(firsts[name] for name in EXAMPLES if name in firsts):
+            shape = " ".join(str(size) for size in (["denoise"] if site.denoised else []) + list(site.shape))
+            table.add_row("" if i else pathway, "" if i else str(len(mine)), site.name, shape)
+    console.print(table)
+
+
+def print_rollouts(console: Console, rollouts: Mapping[str, Mapping[str, Any]], seconds: float) -> None:
+    """What the policy did in each scene."""
+    for name, each in rollouts.items():
+        console.print(
+            f"scene {name}, seed {each['seed']}, “{each['instruction']}”: {each['env_steps']} environment steps, "
+            f"the gripper travelled {100 * each['gripper_path_metres']:.1f} cm, success: {each['is_success']}"
+        )
+    n_steps = sum(each["env_steps"] for each in rollouts.values())
+    console.print(f"{n_steps} steps of policy, physics and two cameras in {seconds:.1f} s\n")
+
+
+def print_effects(console: Console, results: Mapping[str, Any]) -> None:
+    """Controls, swapped inputs, and the patches of both streams."""
+    controls = results["controls"]
+    console.print("\nChange of scene A's action chunk; 1 is the distance to scene B's chunk.")
+    console.print(f"floor, the same run again: {controls['rerun_displacement']:g}")
+    console.print(f"floor, an edit that returns its input: {controls['identity_edit_displacement']:g}")
+    console.print(f"attention patterns computed in the open: {controls['watching_patterns_displacement']:.1e}")
+    console.print(f"another draw of the starting noise: {controls['other_noise_displacement']:.2f}")
+    swaps = Table("given to A as input", "displacement", "toward B", "outcome", box=box.SIMPLE)
+    for name, effect in results["input_swaps"].items():
+        swaps.add_row(f"{name} of B", f"{effect['displacement']:.3f}", f"{effect['toward_b']:+.3f}", effect["outcome"])
+    console.print(swaps)
+    console.print(
+        f"largest difference from patching the same tokens at VLM block 0: {controls['swap_minus_first_patch']:.1e}\n"
+    )
+    for stream, patches in (("VLM", results["vlm_patches"]), ("expert", results["expert_patches"])):
+        console.print(f"{stream} residual stream of B patched into A: displacement, toward B")
+        console.print(_patch_table(patches))
+    console.print(
+        "random: displacement by edits of the same length in random directions\n"
+        "replay: every action is B's, bit for bit; the patch is a cut set, so it says nothing about this place\n"
+        "no effect: every action is A's, bit for bit"
+    )
+
+
+def draw_attention(
+    path: Path, results: Mapping[str, Any], images: Mapping[str, Any], resize: tuple[int, int] | None
+) -> None:
+    """Both camera images of scene A, and what of them three readers attend to.
+
+    resize: width and height of the model's image, into which cameras are fitted; None where they are used as is.
+    """
+    attention = results["attention"]
+    figure = Figure(figsize=(13, 7.6), layout="constrained")
+    axes = figure.subplots(len(images), 1 + len(attention), squeeze=False)
+    for row, (camera, image) in enumerate(images.items()):
+        axes[row, 0].imshow(image)
+        axes[row, 0].set_ylabel(f"{camera} camera", fontsize=13)
+        for column, (reader, maps) in enumerate(attention.items(), start=1):
+            _overlay(axes[row, column], np.asarray(image), np.array(maps[camera]["grid"]), resize, _around_one(maps))
+            if reader != "vision":
+                share, uniform = maps[camera]["share"], maps[camera]["uniform_share"]
+                axes[row, column].set_xlabel(f"{share:.1%} of all attention (uniform: {uniform:.1%})", fontsize=10)
+    for column, (reader, maps) in enumerate(attention.items(), start=1):
+        axes[0, column].set_title(READERS[reader], fontsize=12)
+        scale = ScalarMappable(_around_one(maps), ATTENTION_COLOURS)
+        bar = figure.colorbar(scale, ax=axes[:, column], location="bottom", shrink=0.9, aspect=25)
+        bar.set_label("attention to a token ÷ uniform attention", fontsize=10)
+    axes[0, 0].set_title(f"scene A\n“{results['rollouts']['A']['instruction']}”", fontsize=12)
+    for each in axes.flat:
+        each.set_xticks([])
+        each.set_yticks([])
+    figure.suptitle(
+        f"Attention to the images: mean over layers, heads, queries and denoise steps\n{results['notice']}", fontsize=14
+    )
+    _save(figure, path)
+
+
+def draw_effects(path: Path, results: Mapping[str, Any]) -> None:
+    """Patches of the VLM as heat maps of segment × layer, patches of the expert as bars by layer."""
+    vlm = results["vlm_patches"]
+    figure = Figure(figsize=(15, 9.5), layout="constrained")
+    grid = figure.add_gridspec(2, 3, height_ratios=(1, 0.8))
+    top = max(1.0, *(patch["displacement"] for patch in vlm))
+    span = max(1.0, *(abs(patch["toward_b"]) for patch in vlm))
+    panels = (
+        ("displacement", "patch from B: displacement", "|patched − A| ÷ |B − A|", "viridis", Normalize(0, top)),
+        ("toward_b", "patch from B: how far to B's actions", "0: A's actions, 1: B's", "RdBu_r", Normalize(-span, span)),
+        ("random_displacement", "control: random direction, same length", "|edited − A| ÷ |B − A|", "viridis",
+         Normalize(0, top)),
+    )  # fmt: skip
+    for column, (key, title, unit, colours, norm) in enumerate(panels):
+        axes = figure.add_subplot(grid[0, column])
+        highest = _heat_map(axes, vlm, key, colours, norm)
+        axes.set_title(title, fontsize=12)
+        axes.set_xlabel("VLM residual stream entering block", fontsize=11)
+        extend = "max" if norm.vmax is not None and highest > norm.vmax else "neither"
+        figure.colorbar(axes.images[0], ax=axes, extend=extend).set_label(unit, fontsize=11)
+    _bars(figure.add_subplot(grid[1, :2]), results["expert_patches"])
+    _key(figure.add_subplot(grid[1, 2]), results)
+    figure.suptitle(
+        f"Residual stream patched from scene B into scene A: effect on the action chunk\n{results['notice']}",
+        fontsize=14,
+    )
+    _save(figure, path)
+
+
+def on_camera(
+    grid: Shaped[np.ndarray, "rows columns"], resize: tuple[int, int] | None, height: int, width: int
+) -> Shaped[np.ndarray, "height width"]:
+    """A grid over the model's image as seen in the camera's: every pixel gets the value of the cell that it went to.
+
+    The model's image holds the camera's, scaled to fit, at the bottom right (policy.resize_with_pad).
+    """
+    full_width, full_height = resize or (width, height)
+    ratio = max(height / full_height, width / full_width)
+    fitted = (int(height / ratio), int(width / ratio))
+    cells = []
+    for n_cells, full, part, n_pixels in zip(
+        grid.shape, (full_height, full_width), fitted, (height, width), strict=True
+    ):
+        centre = full - part + (np.arange(n_pixels) + 0.5) * part / n_pixels
+        cells.append((centre * n_cells / full).astype(int))
+    return grid[np.ix_(*cells)]
+
+
+def _around_one(maps: Mapping[str, Mapping[str, Any]]) -> Normalize:
+    """One scale for all cameras of a reader, with uniform attention in the middle."""
+    reach = max(np.abs(np.array(each["grid"]) - 1).max() for each in maps.values())
+    return Normalize(1 - reach, 1 + reach)
+
+
+def _overlay(axes: Axes, image: np.ndarray, grid: np.ndarray, resize: tuple[int, int] | None, norm: Normalize) -> None:
+    """The image's brightness in the colour of the map; cells that are large enough say their value."""
+    height, width = image.shape[:2]
+    colours = colormaps[ATTENTION_COLOURS](norm(on_camera(grid, resize, height, width)))[..., :3]
+    axes.imshow(colours * (0.25 + 0.75 * image.mean(-1, keepdims=True) / 255))
+    if grid.size > 16:
+        return
+    cells = on_camera(np.arange(grid.size).reshape(grid.shape), resize, height, width)
+    for cell in np.unique(cells):
+        y, x = np.argwhere(cells == cell).mean(0)
+        text = axes.text(x, y, f"{grid.flat[cell]:.2f}", ha="center", va="center", fontsize=11)
+        text.set_path_effects([withStroke(linewidth=3, foreground="white")])
+
+
+def _heat_map(axes: Axes, patches: Sequence[Mapping[str, Any]], key: str, colours: str, norm: Normalize) -> float:
+    """Draws one quantity, segment × layer; returns its largest value."""
+    sites, segments = _unique(patches, "site"), _unique(patches, "segment")
+    values = np.array([[_find(patches, site, segment)[key] for site in sites] for segment in segments])
+    axes.imshow(values, cmap=colours, norm=norm, aspect="auto")
+    axes.set_xticks(range(len(sites)), [_site_label(site) for site in sites], fontsize=11)
+    counts = [_find(patches, sites[0], segment)["n_tokens"] for segment in segments]
+    names = [f"{name}\n{n} token{'s' if n > 1 else ''}" for name, n in zip(segments, counts, strict=True)]
+    axes.set_yticks(range(len(segments)), names, fontsize=10)
+    for y, segment in enumerate(segments):
+        for x, site in enumerate(sites):
+            outcome = _find(patches, site, segment)["outcome"]
+            plain = key == "random_displacement" or outcome == "partial"
+            text = f"{values[y, x]:.2f}" if plain else outcome.replace(" ", "\n")
+            red, green, blue, _ = colormaps[colours](norm(values[y, x]))
+            ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
+            axes.text(x, y, text, ha="center", va="center", fontsize=10, color=ink,
+                      style="normal" if plain else "italic")  # fmt: skip
+    return float(values.max())
+
+
+def _bars(axes: Axes, patches: Sequence[Mapping[str, Any]]) -> None:
+    series = {
+        "displacement": ("displacement", "#3b6fb6"),
+        "how far to B's actions": ("toward_b", "#d1603d"),
+        "control: displacement in random directions": ("random_displacement", "#b0b0b0"),
+    }
+    for i, (label, (key, colour)) in enumerate(series.items()):
+        x = np.arange(len(patches)) + 0.27 * (i - 1)
+        drawn = axes.bar(x, [patch[key] for patch in patches], 0.25, label=label, color=colour)
+        axes.bar_label(drawn, fmt="%.2f", fontsize=9, padding=2)
+    outcomes = ["" if patch["outcome"] == "partial" else f"\n{patch['outcome']}" for patch in patches]
+    labels = [_site_label(patch["site"]) + outcome for patch, outcome in zip(patches, outcomes, strict=True)]
+    axes.set_xticks(range(len(patches)), labels, fontsize=11)
+    axes.set_xlabel("expert residual stream entering block: all action tokens, every denoise step", fontsize=11)
+    axes.set_ylabel("in units of |B − A|", fontsize=11)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=10, loc="lower left", bbox_to_anchor=(0, 1.01), ncols=3, frameon=False)
+
+
+def _key(axes: Axes, results: Mapping[str, Any]) -> None:
+    axes.axis("off")
+    rollouts, swaps, controls = results["rollouts"], results["input_swaps"], results["controls"]
+    lines = [
+        f"A: “{rollouts['A']['instruction']}”",
+        f"B: “{rollouts['B']['instruction']}”",
+        f"B's instruction given to A as input: {swaps['language']['displacement']:.2f}",
+        f"another draw of the starting noise: {controls['other_noise_displacement']:.2f}",
+        f"floor, the same run again: {controls['rerun_displacement']:g}",
+        "",
+        "replay: every action is B's, bit for bit. The patch",
+        "is a cut set, so it is no evidence about this place.",
+        "no effect: every action is A's, bit for bit.",
+        "out: leaving the last block. In the VLM nothing",
+        "reads it: the expert takes each block's keys and",
+        "values, made from what enters the block.",
+    ]
+    text = axes.text(-0.12, 1.05, "\n".join(lines), va="top", fontsize=11, linespacing=1.6, transform=axes.transAxes)
+    text.set_in_layout(False)
+
+
+def _patch_table(patches: Sequence[Mapping[str, Any]]) -> Table:
+    segments = _unique(patches, "segment")
+    table = Table("block", *segments, box=box.SIMPLE)
+    for site in _unique(patches, "site"):
+        mine = [_find(patches, site, segment) for segment in segments]
+        table.add_row(_site_label(site), *(_cell(patch) for patch in mine))
+        table.add_row("", *(f"random {patch['random_displacement']:.2f}" for patch in mine), style="dim")
+    return table
+
+
+def _cell(patch: Mapping[str, Any]) -> str:
+    return (
+        f"{patch['displacement']:.2f} {patch['toward_b']:+.2f}" if patch["outcome"] == "partial" else patch["outcome"]
+    )
+
+
+def _site_label(site: str) -> str:
+    return "out" if leaf(site) == "hook_resid_post" else str(layer(site))
+
+
+def _unique(patches: Sequence[Mapping[str, Any]], key: str) -> list[str]:
+    return list(dict.fromkeys(patch[key] for patch in patches))
+
+
+def _find(patches: Sequence[Mapping[str, Any]], site: str, segment: str) -> Mapping[str, Any]:
+    return next(patch for patch in patches if patch["site"] == site and patch["segment"] == segment)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure)
+    figure.savefig(path, format="png", dpi=DPI)

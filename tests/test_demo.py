@@ -1,0 +1,129 @@
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from conftest import make_observation
+from hooked_vla import HookedVLA, demo
+from hooked_vla.demo_figures import on_camera
+from hooked_vla.policy import resize_with_pad
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[Path, dict]:
+    out = tmp_path_factory.mktemp("demo")
+    return out, demo.run_demo(out, seed=0, steps=2)
+
+
+@pytest.fixture
+def pair(tiny_model: HookedVLA) -> demo.Pair:
+    """Two observations that differ in everything, of equal token layout."""
+    a, b = (make_observation(1, seed, [text]) for seed, text in enumerate(["push the cup", "lift a plate"]))
+    with torch.no_grad():
+        return demo.Pair(tiny_model, a, b, torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(0)))
+
+
+def test_files_are_whole_and_nothing_else_is_left(run):
+    out, results = run
+    assert sorted(path.name for path in out.iterdir()) == ["attention.png", "demo.json", "patch_effect.png"]
+    for name in ("attention.png", "patch_effect.png"):
+        pixels = imread(out / name)
+        assert min(pixels.shape[:2]) > 800 and pixels.std() > 0.1
+    assert json.loads((out / "demo.json").read_text()) == results
+
+
+def test_it_says_that_the_weights_are_random(run, capsys):
+    _, results = run
+    assert results["notice"] == demo.NOTICE and results["settings"]["weights"] == "random"
+
+
+def test_floors_are_exactly_zero(run):
+    controls = run[1]["controls"]
+    assert controls["rerun_displacement"] == 0
+    assert controls["identity_edit_displacement"] == 0
+    assert controls["watching_patterns_displacement"] < 1e-4
+    assert controls["other_noise_displacement"] > 0
+
+
+def test_replay_exactly_where_the_patch_cuts_everything(run):
+    results = run[1]
+    patches = results["vlm_patches"] + results["expert_patches"]
+    replays = [(patch["site"], patch["segment"]) for patch in patches if patch["outcome"] == "replay"]
+    assert replays == [("vlm.blocks.0.hook_resid_pre", "all"), ("expert.blocks.3.hook_resid_post", "all")]
+    for patch in patches:
+        if patch["outcome"] == "replay":
+            assert patch["displacement"] == pytest.approx(1) and patch["toward_b"] == pytest.approx(1)
+
+
+def test_no_effect_exactly_where_nothing_reads_the_stream(run):
+    patches = run[1]["vlm_patches"] + run[1]["expert_patches"]
+    dead = {patch["site"] for patch in patches if patch["outcome"] == "no effect"}
+    assert dead == {"vlm.blocks.3.hook_resid_post"}
+    assert all(patch["displacement"] == patch["random_displacement"] == 0 for patch in patches if patch["site"] in dead)
+
+
+def test_patching_where_tokens_enter_equals_swapping_the_input(run):
+    assert run[1]["controls"]["swap_minus_first_patch"] == 0
+    assert 0 < run[1]["input_swaps"]["language"]["displacement"]
+    assert run[1]["input_swaps"]["all"]["outcome"] == "replay"
+
+
+def test_cache_holds_what_was_predicted(run):
+    assert run[1]["cache"]["held_bytes"] == run[1]["cache"]["predicted_bytes"] > 0
+
+
+def test_attention_shares_are_fractions_and_grids_are_square(run):
+    sides = {"vision": 8, "vlm": 2, "expert": 2}
+    for reader, maps in run[1]["attention"].items():
+        for each in maps.values():
+            grid = np.array(each["grid"])
+            assert grid.shape == (sides[reader], sides[reader])
+            # the mean of the multiples of uniform is the share over the uniform share
+            assert grid.mean() == pytest.approx(each["share"] / each["uniform_share"], rel=1e-4)
+    assert all(each["share"] == pytest.approx(1, rel=1e-5) for each in run[1]["attention"]["vision"].values())
+
+
+def test_same_seed_gives_the_same_numbers(run, tmp_path):
+    again = demo.run_demo(tmp_path, seed=0, steps=2)
+    assert {**again, "seconds": None} == {**run[1], "seconds": None}
+
+
+def test_an_edit_towards_b_is_measured_along_the_way(pair):
+    halfway = torch.lerp(pair.chunk_a.double(), pair.chunk_b.double(), 0.5)
+    effect = pair.effect(halfway.to(pair.chunk_a.dtype))
+    assert effect.displacement == pytest.approx(0.5, rel=1e-4)
+    assert effect.toward_b == pytest.approx(0.5, rel=1e-4) and effect.outcome == "partial"
+    assert pair.effect(pair.chunk_b).outcome == "replay" and pair.effect(pair.chunk_a).outcome == "no effect"
+
+
+def test_unequal_layouts_are_refused(pair):
+    longer = replace(pair.b, instruction=["a longer instruction"])
+    with pytest.raises(ValueError, match="equal length"):
+        demo.Pair(pair.model, pair.a, longer, pair.noise)
+    with pytest.raises(ValueError, match="no difference"):
+        demo.Pair(pair.model, pair.a, pair.a, pair.noise)
+
+
+@pytest.mark.parametrize(("height", "width"), [(60, 100), (100, 60), (64, 64)])
+def test_a_map_over_the_models_image_comes_back_to_the_cameras_pixels(height, width):
+    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
+    image = torch.stack([y, x, torch.ones_like(x)])
+    fitted = resize_with_pad(image[None], 64, 64)[0]
+    for channel, expected in zip(fitted, image, strict=True):
+        back = on_camera(channel.numpy(), (64, 64), height, width)
+        assert np.abs(back - expected.numpy()).max() < 0.03
+
+
+def test_missing_extra_is_named(monkeypatch, tmp_path):
+    for name in [name for name in sys.modules if name.startswith("matplotlib") or name == "hooked_vla.demo_figures"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("hooked_vla.demo_figures")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install hooked-vla\[sim\]"):
+        demo.run_demo(tmp_path)
+    assert not any(tmp_path.iterdir())
