@@ -7,7 +7,7 @@ state is taken as normalised and the actions are returned normalised.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,27 @@ def read_normalizer(
                 feature, _, statistic = name.rpartition(".")
                 values.setdefault(feature, {})[statistic] = value
     return Normalizer(modes, values, eps)
+
+
+def read_processor_features(features: FeatureSpec, files: Mapping[str, bytes]) -> FeatureSpec:
+    """`features` with what the checkpoint's own preprocessor says of names and text, where it has one."""
+    steps = (
+        lerobot.processor_steps(files[lerobot.PREPROCESSOR], lerobot.PREPROCESSOR)
+        if lerobot.PREPROCESSOR in files
+        else []
+    )
+    for step in steps:
+        config = step.get("config", {})
+        if step.get("registry_name") == "rename_observations_processor":
+            features = replace(features, rename=dict(config.get("rename_map") or {}))
+        if step.get("registry_name") == "tokenizer_processor":
+            features = replace(
+                features,
+                tokenizer=config.get("tokenizer_name") or features.tokenizer,
+                max_text=config.get("max_length", features.max_text),
+                pad_text=config.get("padding", features.pad_text),
+            )
+    return features
 
 
 class Tokenizer:
@@ -202,12 +223,13 @@ class Processor:
         statistics: Mapping[str, Mapping[str, Tensor]],
     ) -> "Processor":
         """The processor of a checkpoint: its small files by name, and statistics found among its weights."""
+        features = read_processor_features(spec.features, files)
         normalizer = read_normalizer(spec, files, statistics)
         bare = [key for key, m in normalizer.modes.items() if m != "IDENTITY" and key not in normalizer.statistics]
         if bare and folder is not None:
             logger.warning("no statistics in the checkpoint for %s: their values pass unchanged", bare)
-        tokenizer = Tokenizer(spec.features, folder, spec.vlm.d_vocab)
-        return cls(spec.features, normalizer, tokenizer, spec.flow.d_state, spec.vlm.d_vocab)
+        tokenizer = Tokenizer(features, folder, spec.vlm.d_vocab)
+        return cls(features, normalizer, tokenizer, spec.flow.d_state, spec.vlm.d_vocab)
 
     def __call__(self, obs: Observation | Mapping[str, Any] | ModelInputs, device: torch.device) -> tuple[Any, bool]:
         """Inputs for the network, and whether the batch was raw (its actions are then to be un-normalised).
@@ -220,6 +242,8 @@ class Processor:
         if isinstance(obs, Observation):
             obs = _as_batch(obs)
         raw = lerobot.OBS_TOKENS not in obs
+        if raw:
+            obs = {self.features.rename.get(key, key): value for key, value in obs.items()}
         state = self._state(obs)
         state = self.normalizer(lerobot.OBS_STATE, state) if raw else state
         tokens, token_mask = self._text(obs, batch=state.shape[0])
@@ -300,9 +324,7 @@ class Processor:
         return torch.stack([images[c] for c in order], dim=1), torch.stack([seen[c] for c in order], dim=1), order
 
 
-def check_image(
-    camera: str, image: Tensor, batch: int, in_range: bool
-) -> Float[Tensor, "batch 3 height width"]:
+def check_image(camera: str, image: Tensor, batch: int, in_range: bool) -> Float[Tensor, "batch 3 height width"]:
     """A camera's images as float32; in_range: they must be in 0..1.
 
     Raises TypeError or ValueError naming the camera and what was expected.

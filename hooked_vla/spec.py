@@ -88,7 +88,8 @@ class FeatureSpec:
 
     cameras: names in the order that the model reads them. resize: (width, height) or None.
     d_state, d_action: the robot's real widths. normalization: feature kind -> LeRobot's mode name.
-    empty_cameras: how many missing cameras may be replaced by masked blank images.
+    empty_cameras: how many missing cameras may be replaced by masked blank images. rename: key of a raw batch ->
+    the key that this checkpoint knows it by.
     """
 
     cameras: tuple[str, ...]
@@ -101,6 +102,7 @@ class FeatureSpec:
     pad_text: str
     tokenizer: str
     normalization: Mapping[str, str] = field(default_factory=dict)
+    rename: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

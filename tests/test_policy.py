@@ -138,7 +138,10 @@ def test_statistics_of_processor_files_reach_raw_observations_only(golden: Golde
     save_file(stats, folder / "policy_preprocessor_step_5_normalizer_processor.safetensors")
     step = {"registry_name": "normalizer_processor", "config": {"eps": 0.0},
             "state_file": "policy_preprocessor_step_5_normalizer_processor.safetensors"}  # fmt: skip
-    (folder / "policy_preprocessor.json").write_text(json.dumps({"steps": [step]}))
+    rename = {"registry_name": "rename_observations_processor",
+              "config": {"rename_map": {"observation.images.front": "observation.images.top"}}}  # fmt: skip
+    text = {"registry_name": "tokenizer_processor", "config": {"max_length": 5, "padding": "longest"}}
+    (folder / "policy_preprocessor.json").write_text(json.dumps({"steps": [rename, text, step]}))
     characters = {chr(i): i for i in range(128)}
     words = PreTrainedTokenizerFast(tokenizer_object=FastTokenizer(models.BPE(characters, [])), pad_token="~")
     words.save_pretrained(folder)
@@ -156,6 +159,11 @@ def test_statistics_of_processor_files_reach_raw_observations_only(golden: Golde
         other = PreTrainedTokenizerFast(tokenizer_object=FastTokenizer(models.BPE(characters, [])), pad_token="~")
         model.processor.tokenizer._tokenizer = other
         model(replace(raw, instruction="é"), golden.noise)
+    renamed = {f"observation.images.{new}": images[old] for new, old in (("front", "top"), ("wrist", "wrist"))}
+    renamed |= {STATE: raw.state, "task": "go"}
+    assert torch.equal(model(renamed, golden.noise).chunk, actions.chunk)
+    with pytest.raises(ValueError, match="instruction of 8 tokens, but the model takes 5"):
+        model(replace(raw, instruction="go left"), golden.noise)
     again = tmp_path / "again"
     model.save_pretrained(again)
     assert torch.equal(HookedVLA.from_pretrained(again)(raw, golden.noise).chunk, model(raw, golden.noise).chunk)

@@ -31,7 +31,8 @@ from hooked_vla.hooks.point import HookPoint, Run
 from hooked_vla.inputs import ACTION, LANGUAGE, PAD, SPECIAL, STATE, Draws, Segments, VLAInputs, image_segment
 from hooked_vla.lerobot import read_features, write_features
 from hooked_vla.models.network import Network
-from hooked_vla.spec import DecoderSpec, ExpertSpec, FlowSpec, FlowVLASpec, PrefixSpec, VisionSpec
+from hooked_vla.models.sizes import decoder_from_shapes, layer_count, siglip_from_shapes, text_sizes
+from hooked_vla.spec import DecoderSpec, ExpertSpec, FlowSpec, FlowVLASpec, PrefixSpec
 
 
 def _rms_block(spec: DecoderSpec, attn: nn.Module, attn_name: str = "attn") -> Block:
@@ -311,21 +312,23 @@ def read_spec(base: FlowVLASpec, checkpoint: Any) -> FlowVLASpec:
     named = checkpoint.json(f"{config.get('vlm_model_name', '')}/config.json") or {}
     shapes = checkpoint.shape
     # num_vlm_layers may ask for more than there are; what was cut off is not in the file
-    n_vlm, n_expert = _count(checkpoint, _TEXT + "layers."), config.get("num_expert_layers", -1)
+    n_vlm, n_expert = layer_count(checkpoint, _TEXT + "layers."), config.get("num_expert_layers", -1)
     if n_expert > 0 and n_expert != n_vlm:
         raise ValueError(
             f"num_expert_layers={n_expert} with {n_vlm} language-model layers: the expert must have as many layers as "
             "the language model (with fewer, the public implementation fails too)"
         )
-    given = {**_text_sizes(named), **geometry.get("vlm", {})}
-    vlm = _read_decoder(base.vlm, shapes, _TEXT, n_vlm, given)
+    given = {**text_sizes(named), **geometry.get("vlm", {})}
+    vlm = decoder_from_shapes(base.vlm, shapes, _TEXT, n_vlm, given)
     vlm = replace(vlm, d_vocab=shapes(_TEXT + "embed_tokens.weight")[0])
     # the expert's configuration is a narrower copy of the language model's
     given = {"d_head": vlm.d_head, "act": vlm.act, "eps": vlm.eps, **geometry.get("expert", {})}
-    expert = _read_decoder(base.expert.decoder, shapes, _EXPERT, n_vlm, given)
+    expert = decoder_from_shapes(base.expert.decoder, shapes, _EXPERT, n_vlm, given)
     return replace(
         base,
-        vision=_read_vision(base.vision, checkpoint, named.get("vision_config", {}), geometry.get("vision", {})),
+        vision=siglip_from_shapes(
+            base.vision, checkpoint, _VISION, named.get("vision_config", {}), geometry.get("vision", {})
+        ),
         connector=replace(base.connector, scale=_connector_scale(shapes)),
         vlm=vlm,
         expert=ExpertSpec(expert, _schedule(config, expert.n_layers)),
@@ -371,61 +374,6 @@ def _schedule(config: Mapping[str, Any], n_layers: int) -> tuple[str, ...]:
     if "cross" not in config.get("attention_mode", "cross_attn"):
         return ("joint",) * n_layers
     return tuple("joint" if every > 0 and i % every == 0 else "cross" for i in range(n_layers))
-
-
-def _count(checkpoint: Any, prefix: str) -> int:
-    numbers = {int(key[len(prefix) :].split(".")[0]) for key in checkpoint.tensors if key.startswith(prefix)}
-    return len(numbers)
-
-
-def _text_sizes(named: Mapping[str, Any]) -> dict[str, Any]:
-    text = named.get("text_config", {})
-    words = {"head_dim": "d_head", "rms_norm_eps": "eps", "hidden_act": "act"}
-    sizes = {ours: text[theirs] for theirs, ours in words.items() if theirs in text}
-    if "d_head" not in sizes and "num_attention_heads" in text:
-        sizes["d_head"] = text["hidden_size"] // text["num_attention_heads"]
-    return sizes
-
-
-def _read_decoder(base: DecoderSpec, shapes: Any, prefix: str, n_layers: int, given: Mapping[str, Any]) -> DecoderSpec:
-    d_head = given.get("d_head", base.d_head)
-    d_q, d_model = shapes(f"{prefix}layers.0.self_attn.q_proj.weight")
-    d_kv = shapes(f"{prefix}layers.0.self_attn.k_proj.weight")[0]
-    if d_q % d_head or d_kv % d_head:
-        raise ValueError(
-            f"{prefix}: query width {d_q} and key width {d_kv} are not multiples of the head width {d_head}; "
-            "state d_head in geometry.json"
-        )
-    return replace(
-        base,
-        d_model=d_model,
-        n_layers=n_layers,
-        n_heads=d_q // d_head,
-        n_kv_heads=d_kv // d_head,
-        d_head=d_head,
-        d_mlp=shapes(f"{prefix}layers.0.mlp.up_proj.weight")[0],
-        act=given.get("act", base.act),
-        eps=given.get("eps", base.eps),
-    )
-
-
-def _read_vision(base: VisionSpec, checkpoint: Any, named: Mapping[str, Any], given: Mapping[str, Any]) -> VisionSpec:
-    d_model, _, patch_size, _ = checkpoint.shape(_VISION + "embeddings.patch_embedding.weight")
-    n_positions = checkpoint.shape(_VISION + "embeddings.position_embedding.weight")[0]
-    published_heads = d_model // (base.d_model // base.n_heads)
-    n_heads = given.get("n_heads", named.get("num_attention_heads", published_heads))
-    if n_heads < 1 or d_model % n_heads:
-        raise ValueError(f"vision width {d_model} does not divide into {n_heads} heads; state n_heads in geometry.json")
-    return VisionSpec(
-        image_size=math.isqrt(n_positions) * patch_size,
-        patch_size=patch_size,
-        d_model=d_model,
-        n_layers=_count(checkpoint, _VISION + "encoder.layers."),
-        n_heads=n_heads,
-        d_mlp=checkpoint.shape(_VISION + "encoder.layers.0.mlp.fc1.weight")[0],
-        act=given.get("act", named.get("hidden_act", base.act)),
-        eps=given.get("eps", named.get("layer_norm_eps", base.eps)),
-    )
 
 
 def _connector_scale(shapes: Any) -> int:

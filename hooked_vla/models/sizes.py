@@ -1,0 +1,67 @@
+"""Sizes of a checkpoint, read from its tensors' shapes; what shapes cannot say comes from named configuration."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from hooked_vla.spec import DecoderSpec, VisionSpec
+
+
+def layer_count(checkpoint: Any, prefix: str) -> int:
+    numbers = {int(key[len(prefix) :].split(".")[0]) for key in checkpoint.tensors if key.startswith(prefix)}
+    return len(numbers)
+
+
+def text_sizes(named: Mapping[str, Any]) -> dict[str, Any]:
+    text = named.get("text_config", {})
+    words = {"head_dim": "d_head", "rms_norm_eps": "eps", "hidden_act": "act"}
+    sizes = {ours: text[theirs] for theirs, ours in words.items() if theirs in text}
+    if "d_head" not in sizes and "num_attention_heads" in text:
+        sizes["d_head"] = text["hidden_size"] // text["num_attention_heads"]
+    return sizes
+
+
+def decoder_from_shapes(
+    base: DecoderSpec, shapes: Any, prefix: str, n_layers: int, given: Mapping[str, Any]
+) -> DecoderSpec:
+    d_head = given.get("d_head", base.d_head)
+    d_q, d_model = shapes(f"{prefix}layers.0.self_attn.q_proj.weight")
+    d_kv = shapes(f"{prefix}layers.0.self_attn.k_proj.weight")[0]
+    if d_q % d_head or d_kv % d_head:
+        raise ValueError(
+            f"{prefix}: query width {d_q} and key width {d_kv} are not multiples of the head width {d_head}; "
+            "state d_head in geometry.json"
+        )
+    return replace(
+        base,
+        d_model=d_model,
+        n_layers=n_layers,
+        n_heads=d_q // d_head,
+        n_kv_heads=d_kv // d_head,
+        d_head=d_head,
+        d_mlp=shapes(f"{prefix}layers.0.mlp.up_proj.weight")[0],
+        act=given.get("act", base.act),
+        eps=given.get("eps", base.eps),
+    )
+
+
+def siglip_from_shapes(
+    base: VisionSpec, checkpoint: Any, prefix: str, named: Mapping[str, Any], given: Mapping[str, Any]
+) -> VisionSpec:
+    d_model, _, patch_size, _ = checkpoint.shape(prefix + "embeddings.patch_embedding.weight")
+    n_positions = checkpoint.shape(prefix + "embeddings.position_embedding.weight")[0]
+    published_heads = d_model // (base.d_model // base.n_heads)
+    n_heads = given.get("n_heads", named.get("num_attention_heads", published_heads))
+    if n_heads < 1 or d_model % n_heads:
+        raise ValueError(f"vision width {d_model} does not divide into {n_heads} heads; state n_heads in geometry.json")
+    return VisionSpec(
+        image_size=math.isqrt(n_positions) * patch_size,
+        patch_size=patch_size,
+        d_model=d_model,
+        n_layers=layer_count(checkpoint, prefix + "encoder.layers."),
+        n_heads=n_heads,
+        d_mlp=checkpoint.shape(prefix + "encoder.layers.0.mlp.fc1.weight")[0],
+        act=given.get("act", named.get("hidden_act", base.act)),
+        eps=given.get("eps", named.get("layer_norm_eps", base.eps)),
+    )
