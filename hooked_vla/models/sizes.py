@@ -9,11 +9,13 @@ from hooked_vla.spec import DecoderSpec, VisionSpec
 
 
 def layer_count(checkpoint: Any, prefix: str) -> int:
+    """How many numbers follow `prefix` among the checkpoint's keys."""
     numbers = {int(key[len(prefix) :].split(".")[0]) for key in checkpoint.tensors if key.startswith(prefix)}
     return len(numbers)
 
 
 def text_sizes(named: Mapping[str, Any]) -> dict[str, Any]:
+    """What a Hugging Face multimodal config.json says of its language model, in our words."""
     text = named.get("text_config", {})
     words = {"head_dim": "d_head", "rms_norm_eps": "eps", "hidden_act": "act"}
     sizes = {ours: text[theirs] for theirs, ours in words.items() if theirs in text}
@@ -25,6 +27,10 @@ def text_sizes(named: Mapping[str, Any]) -> dict[str, Any]:
 def decoder_from_shapes(
     base: DecoderSpec, shapes: Any, prefix: str, n_layers: int, given: Mapping[str, Any]
 ) -> DecoderSpec:
+    """Sizes of a Llama-layout decoder whose keys start with `prefix`; `given` may state d_head, act and eps.
+
+    Raises ValueError when the head width does not divide the projections.
+    """
     d_head = given.get("d_head", base.d_head)
     d_q, d_model = shapes(f"{prefix}layers.0.self_attn.q_proj.weight")
     d_kv = shapes(f"{prefix}layers.0.self_attn.k_proj.weight")[0]
@@ -49,6 +55,10 @@ def decoder_from_shapes(
 def siglip_from_shapes(
     base: VisionSpec, checkpoint: Any, prefix: str, named: Mapping[str, Any], given: Mapping[str, Any]
 ) -> VisionSpec:
+    """Sizes of a SigLIP-layout tower; `given` (ours) and `named` (Hugging Face's) may state heads, act and eps.
+
+    Raises ValueError when the number of heads does not divide the width.
+    """
     d_model, _, patch_size, _ = checkpoint.shape(prefix + "embeddings.patch_embedding.weight")
     n_positions = checkpoint.shape(prefix + "embeddings.position_embedding.weight")[0]
     published_heads = d_model // (base.d_model // base.n_heads)
