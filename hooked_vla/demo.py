@@ -176,7 +176,8 @@ def run_demo(out: Path, seed: int = 0, steps: int = 24) -> dict[str, Any]:
         clock.lap("figures")
     results["seconds"] = clock.laps | {"total": sum(clock.laps.values())}
     write_whole(out / "demo.json", lambda path: path.write_text(json.dumps(results, indent=1, allow_nan=False)))
-    console.print(f"wrote {', '.join(pictures)} and demo.json to {out}; {results['seconds']['total']:.1f} s in all")
+    seconds = results["seconds"]["total"]
+    console.print(f"wrote {', '.join(pictures)} and demo.json to {out}; {seconds:.1f} s in all", markup=False)
     console.print(f"[bold]{NOTICE}[/bold]")
     return results
 

@@ -126,7 +126,7 @@ def draw_effects(path: Path, results: Mapping[str, Any]) -> None:
     span = max(1.0, *(abs(patch["toward_b"]) for patch in vlm))
     panels = (
         ("displacement", "patch from B: displacement", "|patched − A| ÷ |B − A|", "viridis", Normalize(0, top)),
-        ("toward_b", "patch from B: how far to B's actions", "0: A's actions, 1: B's", "RdBu_r", Normalize(-span, span)),
+        ("toward_b", "patch from B: how far to B's actions", "0: A's own, 1: B's", "RdBu_r", Normalize(-span, span)),
         ("random_displacement", "control: random direction, same length", "|edited − A| ÷ |B − A|", "viridis",
          Normalize(0, top)),
     )  # fmt: skip

@@ -1,23 +1,34 @@
 import json
 import sys
-from dataclasses import replace
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import make_observation
 from matplotlib.image import imread
 
-from conftest import make_observation
 from hooked_vla import HookedVLA, demo
 from hooked_vla.demo_figures import on_camera
 from hooked_vla.policy import resize_with_pad
 
 
+@dataclass(frozen=True)
+class Run:
+    out: Path
+    results: dict
+    printed: str
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> tuple[Path, dict]:
+def run(tmp_path_factory) -> Run:
     out = tmp_path_factory.mktemp("demo")
-    return out, demo.run_demo(out, seed=0, steps=2)
+    with redirect_stdout(StringIO()) as printed:
+        results = demo.run_demo(out, seed=0, steps=2)
+    return Run(out, results, " ".join(printed.getvalue().split()))
 
 
 @pytest.fixture
@@ -29,21 +40,20 @@ def pair(tiny_model: HookedVLA) -> demo.Pair:
 
 
 def test_files_are_whole_and_nothing_else_is_left(run):
-    out, results = run
-    assert sorted(path.name for path in out.iterdir()) == ["attention.png", "demo.json", "patch_effect.png"]
+    assert sorted(path.name for path in run.out.iterdir()) == ["attention.png", "demo.json", "patch_effect.png"]
     for name in ("attention.png", "patch_effect.png"):
-        pixels = imread(out / name)
+        pixels = imread(run.out / name)
         assert min(pixels.shape[:2]) > 800 and pixels.std() > 0.1
-    assert json.loads((out / "demo.json").read_text()) == results
+    assert json.loads((run.out / "demo.json").read_text()) == run.results
 
 
-def test_it_says_that_the_weights_are_random(run, capsys):
-    _, results = run
-    assert results["notice"] == demo.NOTICE and results["settings"]["weights"] == "random"
+def test_it_says_that_the_weights_are_random(run):
+    assert run.results["notice"] == demo.NOTICE and run.results["settings"]["weights"] == "random"
+    assert run.printed.count(demo.NOTICE) == 2
 
 
 def test_floors_are_exactly_zero(run):
-    controls = run[1]["controls"]
+    controls = run.results["controls"]
     assert controls["rerun_displacement"] == 0
     assert controls["identity_edit_displacement"] == 0
     assert controls["watching_patterns_displacement"] < 1e-4
@@ -51,8 +61,7 @@ def test_floors_are_exactly_zero(run):
 
 
 def test_replay_exactly_where_the_patch_cuts_everything(run):
-    results = run[1]
-    patches = results["vlm_patches"] + results["expert_patches"]
+    patches = run.results["vlm_patches"] + run.results["expert_patches"]
     replays = [(patch["site"], patch["segment"]) for patch in patches if patch["outcome"] == "replay"]
     assert replays == [("vlm.blocks.0.hook_resid_pre", "all"), ("expert.blocks.3.hook_resid_post", "all")]
     for patch in patches:
@@ -61,36 +70,37 @@ def test_replay_exactly_where_the_patch_cuts_everything(run):
 
 
 def test_no_effect_exactly_where_nothing_reads_the_stream(run):
-    patches = run[1]["vlm_patches"] + run[1]["expert_patches"]
+    patches = run.results["vlm_patches"] + run.results["expert_patches"]
     dead = {patch["site"] for patch in patches if patch["outcome"] == "no effect"}
     assert dead == {"vlm.blocks.3.hook_resid_post"}
     assert all(patch["displacement"] == patch["random_displacement"] == 0 for patch in patches if patch["site"] in dead)
 
 
 def test_patching_where_tokens_enter_equals_swapping_the_input(run):
-    assert run[1]["controls"]["swap_minus_first_patch"] == 0
-    assert 0 < run[1]["input_swaps"]["language"]["displacement"]
-    assert run[1]["input_swaps"]["all"]["outcome"] == "replay"
+    assert run.results["controls"]["swap_minus_first_patch"] == 0
+    assert run.results["input_swaps"]["language"]["displacement"] > 0
+    assert run.results["input_swaps"]["all"]["outcome"] == "replay"
 
 
 def test_cache_holds_what_was_predicted(run):
-    assert run[1]["cache"]["held_bytes"] == run[1]["cache"]["predicted_bytes"] > 0
+    assert run.results["cache"]["held_bytes"] == run.results["cache"]["predicted_bytes"] > 0
 
 
 def test_attention_shares_are_fractions_and_grids_are_square(run):
     sides = {"vision": 8, "vlm": 2, "expert": 2}
-    for reader, maps in run[1]["attention"].items():
+    for reader, maps in run.results["attention"].items():
         for each in maps.values():
             grid = np.array(each["grid"])
             assert grid.shape == (sides[reader], sides[reader])
             # the mean of the multiples of uniform is the share over the uniform share
             assert grid.mean() == pytest.approx(each["share"] / each["uniform_share"], rel=1e-4)
-    assert all(each["share"] == pytest.approx(1, rel=1e-5) for each in run[1]["attention"]["vision"].values())
+    assert all(each["share"] == pytest.approx(1, rel=1e-5) for each in run.results["attention"]["vision"].values())
 
 
-def test_same_seed_gives_the_same_numbers(run, tmp_path):
-    again = demo.run_demo(tmp_path, seed=0, steps=2)
-    assert {**again, "seconds": None} == {**run[1], "seconds": None}
+def test_acting_repeats_bit_for_bit(run, tiny_model):
+    generator = torch.Generator().manual_seed(0)
+    for i, name in enumerate(demo.GOALS):
+        assert demo.act(tiny_model, name, i, 2, generator)[1] == run.results["rollouts"][name]
 
 
 def test_an_edit_towards_b_is_measured_along_the_way(pair):
