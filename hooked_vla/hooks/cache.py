@@ -29,7 +29,9 @@ if TYPE_CHECKING:
         site: str
         axes: tuple[str, ...]
 
-        def segment(self, name: str, axis: str | None = None, pad_value: float | None = None) -> Tensor:
+        def segment(
+            self, name: str | Mapping[str, str], axis: str | None = None, pad_value: float | None = None
+        ) -> Tensor:
             """See SegmentView."""
             ...
 
@@ -44,15 +46,24 @@ class SegmentView:
     def __init__(self, tensor: Tensor, site: str, entry: "Entry", table: SegmentTable) -> None:
         self._tensor, self._site, self._entry, self._table = tensor, site, entry, table
 
-    def __call__(self, name: str, axis: str | None = None, pad_value: float | None = None) -> Tensor:
+    def __call__(
+        self, name: str | Mapping[str, str], axis: str | None = None, pad_value: float | None = None
+    ) -> Tensor:
         """The tokens of the segment, other axes unchanged.
 
-        name: "language", "image:top", "image:*", ... axis: which token axis, needed where there are several
-        (patterns have "query" and "key"). Rows whose segments differ in length are padded on the right with
-        pad_value. In streams with a row per camera image, rows without the segment are left out.
+        name: "language", "image:top", "image:*", ..., or for a pattern a segment per axis:
+        {"query": "action", "key": "language"}. axis: which token axis, needed where there are several and one name.
+        Rows whose segments differ in length are padded on the right with pad_value. In streams with a row per
+        camera image, rows without the segment are left out.
         Raises KeyError for an unknown segment, ValueError where an axis or pad_value is needed.
         """
-        tensor, axis = self._tensor, self._token_axis(axis)
+        wanted = name if isinstance(name, Mapping) else {self._token_axis(axis): name}
+        tensor = self._tensor
+        for each, segment in wanted.items():
+            tensor = self._cut(tensor, self._token_axis(each), segment, pad_value)
+        return tensor
+
+    def _cut(self, tensor: Tensor, axis: str, name: str, pad_value: float | None) -> Tensor:
         segments = self._table[self._entry.streams[axis]]
         positions = segments.positions(name)
         rows = [i for i, p in enumerate(positions) if len(p) or segments.row_axis == "batch"]

@@ -51,6 +51,7 @@ def test_segments_of_residuals_and_patterns(cache: ActivationCache) -> None:
     pattern = cache[PATTERN]
     assert torch.equal(pattern.segment("image:agent", axis="key"), pattern[..., :4])
     assert torch.equal(pattern.segment("action", axis="query"), pattern)
+    assert torch.equal(pattern.segment({"query": "action", "key": "image:wrist"}), pattern[..., 4:8])
     with pytest.raises(ValueError, match=r"pass axis=.*\['key', 'query'\]"):
         pattern.segment("action")
     with pytest.raises(ValueError, match="token axes"):
