@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hooked_vla import registry
-from hooked_vla.describe import hook_table, hooks_markdown, n_parameters
+from hooked_vla.describe import hook_table, hooks_markdown, n_parameters, pathways
 from hooked_vla.vla import HookedVLA
 from hooked_vla.weights import open_checkpoint
 
@@ -73,11 +73,8 @@ def info(checkpoint: Annotated[str, typer.Argument(help="a checkpoint's folder o
     console.print(f"paper {spec.paper} · licence {spec.licence} · wiring read from {spec.source}")
     console.print(f"{n_parameters(hooked):,} parameters · {len(hooked.points)} hook points")
     table = Table("pathway", "parameters", "hook points", "blocks", "d_model")
-    for name, part in hooked.net.named_children():
-        points = [point for point in hooked.points if point.startswith(f"{name}.")]
-        count = sum(parameter.numel() for parameter in part.parameters())
-        blocks = len(part.blocks) if hasattr(part, "blocks") else "–"
-        table.add_row(name, f"{count:,}", str(len(points)), str(blocks), str(getattr(part, "d_model", "–")))
+    for row in pathways(hooked):
+        table.add_row(row.name, f"{row.parameters:,}", str(row.points), row.blocks, row.d_model)
     console.print(table)
     features = spec.features
     console.print(f"cameras {list(features.cameras)} · state {features.d_state} · action {features.d_action}")

@@ -91,3 +91,49 @@ def hooks_markdown(model: HookedVLA) -> str:
         for row in hook_table(model)
     ]
     return "\n".join(lines) + "\n"
+
+
+def models_markdown(model: HookedVLA) -> str:
+    """One model as a Markdown section: what it is, its pathways, its dead ends, its published checkpoints."""
+    spec = model.spec
+    lines = [f"## {spec.name}", "", f"{spec.description}. Wiring read from {spec.source}.", ""]
+    lines += ["| pathway | parameters | blocks | d_model | hook points |", "|---|---|---|---|---|"]
+    lines += [
+        f"| `{row.name}` | {row.parameters:,} | {row.blocks} | {row.d_model} | {row.points} |"
+        for row in pathways(model)
+    ]
+    dead = ", ".join(f"`{name}`" for name in model.dead_ends) or "none"
+    lines += [
+        "",
+        f"Dead ends, which no action depends on: {dead}.",
+        "",
+        "| checkpoint | what distinguishes it |",
+        "|---|---|",
+    ]
+    lines += [f"| `{each.repo_id}` | {each.note} |" for each in spec.checkpoints]
+    return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class PathwayRow:
+    """Sizes of one pathway; "–" where it has no such size."""
+
+    name: str
+    parameters: int
+    blocks: str
+    d_model: str
+    points: int
+
+
+def pathways(model: HookedVLA) -> list[PathwayRow]:
+    """The pathways in the order of the network."""
+    return [
+        PathwayRow(
+            name=name,
+            parameters=sum(parameter.numel() for parameter in part.parameters()),
+            blocks=str(len(part.blocks)) if hasattr(part, "blocks") else "–",
+            d_model=str(getattr(part, "d_model", "–")),
+            points=sum(point.startswith(f"{name}.") for point in model.points),
+        )
+        for name, part in model.net.named_children()
+    ]

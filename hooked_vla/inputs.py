@@ -6,7 +6,7 @@ camera's image tokens, language, state, action or padding; caches and edits sele
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +18,10 @@ LANGUAGE = "language"
 STATE = "state"
 ACTION = "action"
 SPECIAL = "special"
+FUTURE = "future"
+SOFT_PROMPT = "soft_prompt"
+LATENT = "latent"
+ENVIRONMENT = "environment"
 
 
 Inputs = TypeVar("Inputs", bound="ModelInputs")
@@ -49,11 +53,11 @@ class Actions:
     """A chunk of actions.
 
     chunk: [batch step d_action] in the robot's units, or normalised when the batch came already preprocessed.
-    normalized: the same steps as the network produced them, before un-normalisation.
+    normalized: the same steps as the network produced them, before un-normalisation; its channels may be others.
     """
 
     chunk: Float[Tensor, "batch step d_action"]
-    normalized: Float[Tensor, "batch step d_action"]
+    normalized: Float[Tensor, "batch step d_network"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,10 @@ class ModelInputs:
     """A preprocessed batch, everything on the model's device; rows are independent.
 
     Each kind of network has its own subclass; tensors with as many rows as the batch are cut by `rows`.
+    raw: made from a raw observation, so that the actions are to be un-normalised.
     """
+
+    raw: bool = field(default=False, kw_only=True)
 
     @property
     def batch_size(self) -> int:
@@ -90,6 +97,72 @@ class VLAInputs(ModelInputs):
         return self.tokens.shape[0]
 
 
+@dataclass(frozen=True)
+class DomainInputs(VLAInputs):
+    """Inputs of a model with weights for each domain. cameras: those that are there; the model has places for more."""
+
+    domain: Int[Tensor, " batch"]
+
+
+@dataclass(frozen=True)
+class PromptedInputs(VLAInputs):
+    """Inputs of a model that answers a prompt with action tokens, one chunk's at a time.
+
+    action_tokens: the answer, if it is given: the model reads it in the same pass as the prompt instead of
+    generating (teacher forcing), and what it would have said at each place becomes the actions.
+    """
+
+    action_tokens: Int[Tensor, "batch token"] | None = None
+
+
+@dataclass(frozen=True)
+class EmbodiedInputs(ModelInputs):
+    """Inputs of a model in whose text image tokens have their places, and which has weights for each embodiment.
+
+    images: what the vision tower reads, the same for every camera: [channel height width], or [patch d_patch].
+    grid: rows and columns of patches of every image. tokens are padded anywhere; token_mask says where they are not.
+    """
+
+    images: Float[Tensor, "batch camera *image"]
+    tokens: Int[Tensor, "batch text"]
+    token_mask: Bool[Tensor, "batch text"]
+    state: Float[Tensor, "batch d_state"]
+    embodiment: Int[Tensor, " batch"]
+    cameras: tuple[str, ...]
+    grid: tuple[int, int]
+
+    @property
+    def batch_size(self) -> int:
+        return self.tokens.shape[0]
+
+
+@dataclass(frozen=True)
+class StepInputs(ModelInputs):
+    """Inputs of a policy without language: what the last observation steps showed, the present one last.
+
+    environment: `observation.environment_state`, such as the places of objects. None: the policy does not read it.
+    """
+
+    images: Float[Tensor, "batch step camera 3 height width"] | None
+    state: Float[Tensor, "batch step d_state"] | None
+    environment: Float[Tensor, "batch step d_environment"] | None
+    cameras: tuple[str, ...]
+
+    @property
+    def batch_size(self) -> int:
+        return next(len(each) for each in (self.images, self.state, self.environment) if each is not None)
+
+    def follow(self, history: "Sequence[StepInputs]") -> "StepInputs":
+        """The last step of each of `history`, then this one's, as successive steps."""
+        steps = [*history, self]
+
+        def join(name: str) -> Tensor | None:
+            parts = [getattr(each, name) for each in steps]
+            return None if parts[0] is None else torch.cat([part[:, -1:] for part in parts], dim=1)
+
+        return replace(self, images=join("images"), state=join("state"), environment=join("environment"))
+
+
 class Draws:
     """The random numbers of one forward pass: those given, in order, or fresh ones from the global generator."""
 
@@ -111,7 +184,8 @@ class Draws:
         if tuple(draw.shape) != tuple(shape):
             raise ValueError(f"noise must be {list(shape)} (draw {self.n_taken}), got {list(draw.shape)}")
         self.n_taken += 1
-        return draw.to(device=self.device, dtype=torch.float32)
+        # a copy: the caller may use its buffer again while a cache holds this
+        return draw.to(device=self.device, dtype=torch.float32, copy=True)
 
     def check_used_up(self) -> None:
         """Raises ValueError when given draws are left over."""
@@ -186,6 +260,10 @@ class Segments:
             (self.names[labels[start]], start, stop)
             for start, stop in zip(starts, [*starts[1:], len(labels)], strict=True)
         ]
+
+    def to(self, device: torch.device) -> "Segments":
+        """The same segments with their labels on a device."""
+        return replace(self, labels=self.labels.to(device))
 
     def rows(self, rows: Sequence[int] | slice) -> "Segments":
         """The same segments for some rows only."""

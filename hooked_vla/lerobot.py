@@ -10,12 +10,15 @@ from hooked_vla.spec import FeatureSpec
 
 IMAGES = "observation.images."
 OBS_STATE = "observation.state"
+OBS_IMAGES = "observation.images"
+OBS_ENVIRONMENT = "observation.environment_state"
 OBS_TOKENS = "observation.language.tokens"
 OBS_TOKEN_MASK = "observation.language.attention_mask"
 ACTION = "action"
 TASK = "task"
 PREPROCESSOR = "policy_preprocessor.json"
 POSTPROCESSOR = "policy_postprocessor.json"
+MASK_SUFFIX = "_padding_mask"
 
 # older checkpoints keep statistics beside the weights, sometimes with a robot's name (so100-blue) before "buffer"
 _BUFFER = re.compile(
@@ -40,7 +43,7 @@ def is_empty_camera(camera: str) -> bool:
 
 def image_mask_key(camera: str) -> str:
     """Batch key that says, per row, whether a camera's image is real."""
-    return f"{image_key(camera)}_padding_mask"
+    return image_key(camera) + MASK_SUFFIX
 
 
 def read_features(config: Mapping[str, Any], base: FeatureSpec) -> FeatureSpec:
@@ -58,6 +61,8 @@ def read_features(config: Mapping[str, Any], base: FeatureSpec) -> FeatureSpec:
             f"it has inputs {sorted(inputs)} and outputs {sorted(outputs)}"
         )
     resize = config.get("resize_imgs_with_padding")
+    if resize and not (len(resize) == 2 and all(isinstance(side, int) and side > 0 for side in resize)):
+        raise ValueError(f"config.json: resize_imgs_with_padding must be [width, height] or null, got {resize!r}")
     return replace(
         base,
         cameras=tuple(camera_name(key) for key in keys),
@@ -65,11 +70,11 @@ def read_features(config: Mapping[str, Any], base: FeatureSpec) -> FeatureSpec:
         d_action=outputs[ACTION]["shape"][0],
         resize=tuple(resize) if resize else None,
         empty_cameras=n_empty,
-        n_action_steps=config.get("n_action_steps", base.n_action_steps),
-        max_text=config.get("tokenizer_max_length", base.max_text),
+        n_action_steps=positive(config, "n_action_steps", base.n_action_steps),
+        max_text=positive(config, "tokenizer_max_length", base.max_text),
         pad_text=config.get("pad_language_to", base.pad_text),
         tokenizer=config.get("vlm_model_name", base.tokenizer),
-        normalization=dict(config.get("normalization_mapping") or {}),
+        normalization=dict(config.get("normalization_mapping") or base.normalization),
     )
 
 
@@ -87,6 +92,58 @@ def write_features(features: FeatureSpec, image_size: tuple[int, int]) -> dict[s
         "vlm_model_name": features.tokenizer,
         "normalization_mapping": dict(features.normalization),
     }
+
+
+def read_step_features(config: Mapping[str, Any], base: FeatureSpec) -> FeatureSpec:
+    """The same for a policy without language: cameras and state may be absent, an environment state may be there.
+
+    Raises ValueError for a config with neither cameras nor environment state, or without action.
+    """
+    inputs, outputs = config.get("input_features") or {}, config.get("output_features") or {}
+    keys = [key for key, feature in inputs.items() if feature["type"] == "VISUAL"]
+    if not (keys or OBS_ENVIRONMENT in inputs) or ACTION not in outputs:
+        raise ValueError(
+            f"config.json needs a VISUAL input or {OBS_ENVIRONMENT!r}, and {ACTION!r}; "
+            f"it has inputs {sorted(inputs)} and outputs {sorted(outputs)}"
+        )
+    return replace(
+        base,
+        cameras=tuple(camera_name(key) for key in keys),
+        d_state=inputs[OBS_STATE]["shape"][0] if OBS_STATE in inputs else 0,
+        d_environment=inputs[OBS_ENVIRONMENT]["shape"][0] if OBS_ENVIRONMENT in inputs else 0,
+        d_action=outputs[ACTION]["shape"][0],
+        n_obs_steps=config.get("n_obs_steps", base.n_obs_steps),
+        n_action_steps=config.get("n_action_steps", base.n_action_steps),
+        normalization=dict(config.get("normalization_mapping") or base.normalization),
+    )
+
+
+def write_step_features(features: FeatureSpec, image_size: tuple[int, int]) -> dict[str, Any]:
+    """The fields of config.json that `read_step_features` reads; image_size is (height, width) of the images."""
+    inputs: dict[str, Any] = {image_key(c): {"type": "VISUAL", "shape": [3, *image_size]} for c in features.cameras}
+    if features.d_state:
+        inputs[OBS_STATE] = {"type": "STATE", "shape": [features.d_state]}
+    if features.d_environment:
+        inputs[OBS_ENVIRONMENT] = {"type": "ENV", "shape": [features.d_environment]}
+    return {
+        "input_features": inputs,
+        "output_features": {ACTION: {"type": "ACTION", "shape": [features.d_action]}},
+        "n_obs_steps": features.n_obs_steps,
+        "n_action_steps": features.n_action_steps,
+        "normalization_mapping": dict(features.normalization),
+    }
+
+
+def positive(config: Mapping[str, Any], option: str, default: Any, kind: type = int) -> Any:
+    """A number of config.json that must be above 0, `default` where it is absent.
+
+    Raises ValueError naming the option.
+    """
+    value = config.get(option, default)
+    number = isinstance(value, kind) or (kind is float and isinstance(value, int))
+    if not number or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"config.json: {option} must be a {kind.__name__} above 0, got {value!r}")
+    return value
 
 
 def is_statistics_key(key: str) -> bool:

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 from torch.nn import functional
@@ -73,11 +74,13 @@ class Normalizer:
 def read_normalizer(
     spec: ModelSpec, files: Mapping[str, bytes], statistics: Mapping[str, Mapping[str, Tensor]]
 ) -> Normalizer:
-    """Modes from the spec's features, statistics from LeRobot's processor files or, in older layouts, the weights."""
+    """Modes from LeRobot's processor files, else the spec's features; statistics from the processor files or, in
+    older layouts, from among the weights.
+
+    Raises ValueError when a processor file names statistics that are missing or damaged.
+    """
     features = spec.features
-    modes = {lerobot.image_key(c): features.normalization.get("VISUAL", "IDENTITY") for c in features.cameras}
-    modes[lerobot.OBS_STATE] = features.normalization.get("STATE", "IDENTITY")
-    modes[lerobot.ACTION] = features.normalization.get("ACTION", "IDENTITY")
+    stated = dict(features.normalization)
     # a feature that the older layout had no statistics for stands there with infinite ones
     values = {
         key: dict(each) for key, each in statistics.items() if all(bool(v.isfinite().all()) for v in each.values())
@@ -88,10 +91,27 @@ def read_normalizer(
             if step.get("registry_name") not in ("normalizer_processor", "unnormalizer_processor"):
                 continue
             eps = step["config"].get("eps", eps)
-            for name, value in load(files[step["state_file"]]).items() if "state_file" in step else ():
+            stated |= step["config"].get("norm_map") or {}
+            for name, value in _state(step, files, file).items():
                 feature, _, statistic = name.rpartition(".")
                 values.setdefault(feature, {})[statistic] = value
+    modes = {lerobot.image_key(c): stated.get("VISUAL", "IDENTITY") for c in features.cameras}
+    modes[lerobot.OBS_STATE] = stated.get("STATE", "IDENTITY")
+    modes[lerobot.ACTION] = stated.get("ACTION", "IDENTITY")
     return Normalizer(modes, values, eps)
+
+
+def _state(step: Mapping[str, Any], files: Mapping[str, bytes], file: str) -> dict[str, Tensor]:
+    """Tensors of a processor step; none where it names no file."""
+    name = step.get("state_file")
+    if name is None:
+        return {}
+    if name not in files:
+        raise ValueError(f"{file} names {name!r}, which is not in the checkpoint")
+    try:
+        return load(files[name])
+    except SafetensorError as error:
+        raise ValueError(f"{name} is truncated or not a safetensors file: {error}") from error
 
 
 def read_processor_features(features: FeatureSpec, files: Mapping[str, bytes]) -> FeatureSpec:
@@ -123,14 +143,20 @@ class Tokenizer:
         self._tokenizer: Any = None
 
     def __call__(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """ids [B, text] and mask [B, text].
+        """ids [B, text] and mask [B, text] of instructions, each with a newline at its end.
 
-        Raises ValueError for an instruction of more tokens than the model was made for, or of ids it does not know.
+        Raises ValueError as `encode`.
+        """
+        return self.encode([text if text.endswith("\n") else f"{text}\n" for text in instructions])
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """ids [B, text] and mask [B, text] of whole prompts.
+
+        Raises ValueError for a prompt of more tokens than the model was made for, or of ids it does not know.
         """
         tokenizer = self.load()
-        prompts = [text if text.endswith("\n") else f"{text}\n" for text in instructions]
         ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-        for text, each in zip(instructions, ids, strict=True):
+        for text, each in zip(prompts, ids, strict=True):
             if len(each) > self.features.max_text:
                 raise ValueError(
                     f"instruction of {len(each)} tokens, but the model takes {self.features.max_text}: {text!r}"
@@ -197,6 +223,8 @@ def resize_with_pad(
         return images
     ratio = max(old_width / width, old_height / height)
     size = (int(old_height / ratio), int(old_width / ratio))
+    if not min(size):
+        raise ValueError(f"images of {old_height} × {old_width} pixels vanish when fitted into {height} × {width}")
     fitted = functional.interpolate(images, size=size, mode="bilinear", align_corners=False)
     return functional.pad(fitted, (width - size[1], 0, height - size[0], 0))
 
@@ -207,6 +235,8 @@ class Processor:
     A family whose public entry point takes something else subclasses this in processors/<family>.py.
     d_state: padded width that the network takes. d_vocab: number of token ids it knows.
     """
+
+    resize = staticmethod(resize_with_pad)
 
     def __init__(
         self, features: FeatureSpec, normalizer: Normalizer, tokenizer: Tokenizer, d_state: int, d_vocab: int
@@ -229,7 +259,12 @@ class Processor:
         if bare and folder is not None:
             logger.warning("no statistics in the checkpoint for %s: their values pass unchanged", bare)
         tokenizer = Tokenizer(features, folder, spec.vlm.d_vocab)
-        return cls(features, normalizer, tokenizer, spec.flow.d_state, spec.vlm.d_vocab)
+        return cls(features, normalizer, tokenizer, cls.state_width(spec), spec.vlm.d_vocab)
+
+    @staticmethod
+    def state_width(spec: Any) -> int:
+        """Padded width of the state that the network takes."""
+        return spec.flow.d_state
 
     def __call__(self, obs: Observation | Mapping[str, Any] | ModelInputs, device: torch.device) -> tuple[Any, bool]:
         """Inputs for the network, and whether the batch was raw (its actions are then to be un-normalised).
@@ -240,10 +275,10 @@ class Processor:
         if isinstance(obs, ModelInputs):
             return obs, False
         if isinstance(obs, Observation):
-            obs = _as_batch(obs)
+            obs = observation_batch(obs)
         raw = lerobot.OBS_TOKENS not in obs
         if raw:
-            obs = {self.features.rename.get(key, key): value for key, value in obs.items()}
+            obs = {self._renamed(key): value for key, value in obs.items()}
         state = self._state(obs)
         state = self.normalizer(lerobot.OBS_STATE, state) if raw else state
         tokens, token_mask = self._text(obs, batch=state.shape[0])
@@ -258,11 +293,23 @@ class Processor:
         )
         return inputs, raw
 
+    def with_key(self, unnorm_key: str) -> "Processor":
+        """The same processor with one of several sets of statistics, for checkpoints that have several.
+
+        Raises ValueError for all others.
+        """
+        raise ValueError(f"unnorm_key={unnorm_key!r}: this checkpoint has one set of statistics; leave the key out")
+
     def actions(self, padded: Float[Tensor, "batch step d_padded"], raw: bool) -> tuple[Tensor, Tensor]:
         """The real dimensions, in the robot's units (or normalised, for a batch that came preprocessed), and
         normalised."""
         normalized = padded[..., : self.features.d_action]
         return (self.normalizer.inverse(lerobot.ACTION, normalized) if raw else normalized), normalized
+
+    def _renamed(self, key: str) -> str:
+        """A raw batch's key as this checkpoint knows it; a camera's mask goes with its images."""
+        images = key.removesuffix(lerobot.MASK_SUFFIX)
+        return self.features.rename.get(images, images) + key[len(images) :]
 
     def _state(self, obs: Mapping[str, Any]) -> Float[Tensor, "batch d_state"]:
         state = _tensor(obs, lerobot.OBS_STATE)
@@ -279,7 +326,7 @@ class Processor:
 
     def _text(self, obs: Mapping[str, Any], batch: int) -> tuple[Tensor, Tensor]:
         if lerobot.OBS_TOKENS not in obs:
-            return self.tokenizer(_instructions(obs, batch))
+            return self.tokenizer(read_instructions(obs, batch))
         tokens = _tensor(obs, lerobot.OBS_TOKENS)
         mask = _tensor(obs, lerobot.OBS_TOKEN_MASK).bool()
         if tokens.is_floating_point() or tokens.shape != mask.shape or tokens.ndim != 2 or len(tokens) != batch:
@@ -291,7 +338,11 @@ class Processor:
             raise ValueError(f"{lerobot.OBS_TOKENS} must be ids in 0..{self.d_vocab - 1}")
         return tokens.long(), mask
 
-    def _images(self, obs: Mapping[str, Any], batch: int, raw: bool) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    def _cameras(self, obs: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        """The cameras that the observation shows, and those that it does not.
+
+        Raises KeyError when more are missing than may be.
+        """
         present = [camera for camera in self.features.cameras if lerobot.image_key(camera) in obs]
         absent = [camera for camera in self.features.cameras if camera not in present]
         missing = [camera for camera in absent if not lerobot.is_empty_camera(camera)]
@@ -300,6 +351,17 @@ class Processor:
                 f"missing cameras {missing}: expected {[lerobot.image_key(c) for c in missing]} in the observation, "
                 f"which has {sorted(key for key in obs if 'image' in key)}"
             )
+        return present, absent
+
+    def _seen(self, obs: Mapping[str, Any], camera: str, batch: int) -> Bool[Tensor, " batch"]:
+        """In which rows a camera's image is real."""
+        mask = torch.as_tensor(obs.get(lerobot.image_mask_key(camera), [True] * batch)).bool().cpu()
+        if mask.shape != (batch,):
+            raise ValueError(f"camera {camera!r}: its mask must be [{batch}], got {list(mask.shape)}")
+        return mask
+
+    def _images(self, obs: Mapping[str, Any], batch: int, raw: bool) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+        present, absent = self._cameras(obs)
         images, seen = {}, {}
         for camera in present:
             key = lerobot.image_key(camera)
@@ -308,10 +370,9 @@ class Processor:
             image = check_image(camera, _tensor(obs, key), batch, in_range)
             image = self.normalizer(key, image) if raw else image
             if self.features.resize is not None:
-                image = resize_with_pad(image, *self.features.resize)
+                image = self.resize(image, *self.features.resize)
             images[camera] = image * 2 - 1
-            mask = obs.get(lerobot.image_mask_key(camera))
-            seen[camera] = torch.ones(batch, dtype=torch.bool) if mask is None else torch.as_tensor(mask).bool().cpu()
+            seen[camera] = self._seen(obs, camera, batch)
         sizes = {camera: tuple(image.shape[-2:]) for camera, image in images.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"without resizing, all cameras need one image size; got {sizes}")
@@ -330,7 +391,7 @@ def check_image(camera: str, image: Tensor, batch: int, in_range: bool) -> Float
     Raises TypeError or ValueError naming the camera and what was expected.
     """
     image = image[:, -1] if image.ndim == 5 else image
-    if image.ndim != 4 or image.shape[1] != 3 or image.shape[0] != batch:
+    if image.ndim != 4 or image.shape[1] != 3 or image.shape[0] != batch or not image.numel():
         raise ValueError(f"camera {camera!r}: images must be [{batch}, 3, height, width], got {list(image.shape)}")
     if not image.is_floating_point():
         raise TypeError(f"camera {camera!r}: images [B 3 H W] must be floats in 0..1, got {image.dtype}")
@@ -348,22 +409,32 @@ def _tensor(obs: Mapping[str, Any], key: str) -> Tensor:
     return torch.as_tensor(obs[key])
 
 
-def _instructions(obs: Mapping[str, Any], batch: int) -> list[str]:
+def read_instructions(obs: Mapping[str, Any], batch: int) -> list[str]:
+    """The instruction of every row.
+
+    Raises KeyError where there is none, ValueError for anything but a string or one string a row.
+    """
     if lerobot.TASK not in obs:
         raise KeyError(f"the observation has neither {lerobot.TASK!r} nor {lerobot.OBS_TOKENS!r}; it has {sorted(obs)}")
     task = obs[lerobot.TASK]
-    instructions = [task] * batch if isinstance(task, str) else list(task)
+    listed = isinstance(task, Sequence) and not isinstance(task, str)
+    instructions = list(task) if listed else [task] * batch
     if len(instructions) != batch or not all(isinstance(text, str) for text in instructions):
         raise ValueError(f"{lerobot.TASK!r} must be a string or {batch} strings, got {task!r}")
     return instructions
 
 
-def _as_batch(obs: Observation) -> dict[str, Any]:
+def observation_batch(obs: Observation) -> dict[str, Any]:
     """An Observation in LeRobot's keys, batched, with byte images scaled to 0..1 and channels first."""
     state = torch.as_tensor(np.asarray(obs.state) if not isinstance(obs.state, Tensor) else obs.state)
     state = state[None] if state.ndim == 1 else state
     batch: dict[str, Any] = {lerobot.TASK: obs.instruction, lerobot.OBS_STATE: state}
+    unknown = sorted(set(obs.image_masks or {}) - set(obs.images))
+    if unknown:
+        raise KeyError(f"image_masks for cameras {unknown} that have no images; cameras: {sorted(obs.images)}")
     for camera, value in obs.images.items():
+        if value is None:
+            raise ValueError(f"camera {camera!r}: its image is None; leave out a camera that is not there")
         image = value if isinstance(value, Tensor) else torch.as_tensor(np.ascontiguousarray(value))
         image = image[None] if image.ndim == 3 else image
         if image.dtype == torch.uint8:

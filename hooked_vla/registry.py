@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+from collections.abc import Container, Iterable, Sequence
 from functools import cache
 from types import ModuleType
 
@@ -40,17 +41,28 @@ def get_spec(name: str, size: str = "full") -> ModelSpec:
     return module.SPEC if size == "full" else module.TINY
 
 
-def spec_for_config_type(config_type: object) -> ModelSpec:
-    """The spec whose public config.json says `"type": config_type`.
+def spec_for_config_type(config_type: object, parts: Container[str] = (), keys: Iterable[str] = ()) -> ModelSpec:
+    """The spec whose public config.json says `"type": config_type`; of several, one whose parts are there.
+
+    keys: of the weights; they tell specs apart that share a second spelling of their type.
 
     Raises ValueError with the known types for any other.
     """
     specs = [get_spec(name) for name in list_models()]
-    for spec in specs:
-        if spec.config_type == config_type:
+    found = [spec for spec in specs if spec.config_type.split("|")[0] == config_type]
+    shared = [spec for spec in specs if config_type in spec.config_type.split("|")[1:]]
+    found += [spec for spec in shared if _explains(spec, list(keys))]
+    for spec in sorted(found, key=lambda spec: not spec.parts):
+        if not spec.parts or any(part in parts for part in spec.parts):
             return spec
     known = sorted({spec.config_type for spec in specs})
     raise ValueError(f"config.json says type {config_type!r}; known families of checkpoints: {known}")
+
+
+def _explains(spec: ModelSpec, keys: Sequence[str]) -> bool:
+    """Whether every prefix of the spec's key table occurs."""
+    spellings = [tuple(prefix.split("|")) for prefix in spec.keys]
+    return all(any(key.startswith(each) for key in keys) for each in spellings)
 
 
 def family(spec: ModelSpec) -> ModuleType:

@@ -2,21 +2,25 @@
 
 import json
 import logging
+import re
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_vla import lerobot, registry
 from hooked_vla.hooks.cache_file import write_safetensors
 from hooked_vla.hooks.model import HookedModel
-from hooked_vla.inputs import Actions, Draws, ModelInputs, Observation, Segments
-from hooked_vla.models.network import Network
+from hooked_vla.inputs import Actions, Draws, ModelInputs, Observation, Segments, StepInputs
+from hooked_vla.models.network import Network, expand_ties
+from hooked_vla.part_files import save_part
 from hooked_vla.policy import Processor
 from hooked_vla.spec import ModelSpec
 from hooked_vla.weights import (
@@ -28,6 +32,7 @@ from hooked_vla.weights import (
     open_checkpoint,
     plan_loading,
     public_state_dict,
+    remove_leftovers,
 )
 
 logger = logging.getLogger(__name__)
@@ -51,24 +56,29 @@ class HookedVLA(HookedModel):
         self.load_report: LoadReport | None = None
         self._sidecars: dict[str, bytes] = {}
         self._statistics: dict[str, Tensor] = {}
+        self._part_files: dict[str, str] = {}
         self._queue: deque[Tensor] = deque()
+        self._history: list[StepInputs] = []
 
     @classmethod
     def from_spec(
         cls, name: str, size: str = "full", seed: int = 0, device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: str | torch.dtype = torch.float32,
     ) -> "HookedVLA":  # fmt: skip
         """A model with random weights: the published size, or "tiny" with the same wiring.
 
         Raises ValueError for an unknown name or size.
         """
         spec = registry.get_spec(name, size)
-        place = _device(device)
+        place, dtype = _device(device), _dtype(dtype)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             net = registry.build_network(spec)
         for parameter_name, parameter in net.named_parameters():
             parameter.data = parameter.data.to(place, _parameter_dtype(parameter_name, spec, dtype))
+        for buffer_name, buffer in net.named_buffers():
+            wanted = _parameter_dtype(buffer_name, spec, dtype) if buffer.is_floating_point() else buffer.dtype
+            buffer.data = buffer.data.to(place, wanted)
         return cls.from_network(spec, net.eval())
 
     @classmethod
@@ -81,7 +91,7 @@ class HookedVLA(HookedModel):
         cls,
         path_or_id: str | Path,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: str | torch.dtype = torch.float32,
         revision: str | None = None,
         device_map: str | Mapping[str, Any] | None = None,
         offload_dir: str | Path | None = None,
@@ -94,19 +104,22 @@ class HookedVLA(HookedModel):
         Raises FileNotFoundError where there is no checkpoint, ValueError for one that is damaged, of an unknown
         family, or does not fit its own configuration, and for an unknown device.
         """
+        dtype = _dtype(dtype)
         checkpoint = open_checkpoint(path_or_id, revision)
-        base = registry.spec_for_config_type(checkpoint.config.get("type"))
+        announced = checkpoint.config.get("type", checkpoint.config.get("model_type"))
+        base = registry.spec_for_config_type(announced, checkpoint.parts, checkpoint.tensors)
         spec = registry.family(base).read_spec(base, checkpoint)
         with init_empty_weights():
             net = registry.build_network(spec)
         statistics = lerobot.statistics_of_buffers(checkpoint.tensors, _feature_keys(checkpoint))
         shapes = {key: t.shape for key, t in checkpoint.tensors.items() if key not in statistics}
         parameters = {name: tensor.shape for name, tensor in net.state_dict().items()}
-        plan, dropped = plan_loading(KeyRules(spec.keys), shapes, parameters, spec.tied)
+        ties = expand_ties(spec.tied, parameters)
+        plan, dropped = plan_loading(KeyRules(spec.keys), shapes, parameters, ties)
         devices = _device_map(net, device_map, device, dtype)
         fill_network(
             net, plan, checkpoint,
-            lambda name: (_lookup(devices, name), _parameter_dtype(name, spec, dtype)), spec.tied,
+            lambda name: (_lookup(devices, name), _parameter_dtype(name, spec, dtype)), ties,
         )  # fmt: skip
         if device_map is not None:
             dispatch_model(net, devices, offload_dir=offload_dir, force_hooks=True)
@@ -118,13 +131,21 @@ class HookedVLA(HookedModel):
         processor = registry.processor_class(spec).from_files(spec, checkpoint.folder, sidecars, values)
         model = cls(spec, net.eval(), processor)
         model._sidecars, model._statistics = sidecars, stored
+        model._part_files = {part: file.name for part, file in checkpoint.parts.items()}
         model.load_report = LoadReport(plan, tuple(dropped), tuple(statistics))
         if dropped:
             logger.warning("dropped %d checkpoint keys that the policy does not use: %s", len(dropped), dropped)
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the checkpoint in its public layout, with geometry.json; each file appears when complete."""
+        """Write the checkpoint in its public layout, with geometry.json; each file appears when complete.
+
+        What another checkpoint left in the folder (shards and their index, processor files) is removed.
+        Raises ValueError for a model whose weights are offloaded.
+        """
+        away = sorted({name.split(".")[0] for name, tensor in self.net.named_parameters() if tensor.is_meta})
+        if away:
+            raise ValueError(f"the weights of {away} are not in memory; load without offloading to save")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = registry.family(self.spec).write_config(self.spec)
@@ -136,30 +157,43 @@ class HookedVLA(HookedModel):
             temporary = path.with_name(f".{path.name}.tmp")
             temporary.write_bytes(content)
             temporary.replace(path)
-        tensors = self.public_state_dict() | self._statistics
+        parts: dict[str, dict[str, Tensor]] = {"": {}}
+        for key, tensor in (self.public_state_dict() | self._statistics).items():
+            part, _, rest = key.rpartition("/")
+            parts.setdefault(part, {})[rest] = tensor
+        tensors = parts.pop("")
+        for part, each in parts.items():
+            save_part(folder / self._part_files.get(part, f"{part}--latest_checkpoint.pt"), each)
         write_safetensors(
             folder / WEIGHTS,
             [(key, t.dtype, tuple(t.shape), lambda t=t: t) for key, t in sorted(tensors.items())],
             {"format": "pt"},
         )
+        remove_leftovers(folder, {*files, WEIGHTS})
 
     def public_state_dict(self) -> dict[str, Tensor]:
         """The parameters under their keys in the public layout."""
-        return public_state_dict(self.net, KeyRules(self.spec.keys))
+        return public_state_dict(self.net, KeyRules(self.spec.keys), self.spec.tied)
 
     # What HookedModel asks.
 
-    def prepare_raw(self, obs: Batch) -> tuple[ModelInputs, bool]:
-        return self.processor(obs, self.device)
+    def prepare_raw(self, obs: Batch, unnorm_key: str | None = None) -> tuple[ModelInputs, bool]:
+        inputs, raw = self._processor(unnorm_key)(obs, self.device)
+        # inputs that were prepared before remember where they came from
+        return (inputs, inputs.raw) if isinstance(obs, ModelInputs) else (replace(inputs, raw=raw), raw)
 
-    def act(self, inputs: ModelInputs, noise: Any, raw: bool) -> Actions:
-        padded = self.sample_actions(inputs, noise)
-        chunk, normalized = self.processor.actions(padded, raw)
+    def act(self, inputs: ModelInputs, noise: Any, raw: bool, unnorm_key: str | None = None) -> Actions:
+        # copies: what the caller does to its actions must not reach a cache
+        padded = self._sample(inputs, noise).clone()
+        chunk, normalized = self._processor(unnorm_key).actions(padded, raw)
         return Actions(chunk, normalized)
+
+    def _processor(self, unnorm_key: str | None) -> Processor:
+        return self.processor if unnorm_key is None else self.processor.with_key(unnorm_key)
 
     def segments(self, inputs: ModelInputs) -> Mapping[str, Segments]:
         """Token segments of every stream for these inputs: "vision", "connector", "vlm", "expert", ..."""
-        return self.net.segments(inputs)
+        return {stream: each.to(self.device) for stream, each in self.net.segments(inputs).items()}
 
     @property
     def dead_ends(self) -> Sequence[str]:
@@ -173,31 +207,90 @@ class HookedVLA(HookedModel):
 
     def sample_actions(self, inputs: ModelInputs, noise: Any = None) -> Float[Tensor, "batch step d_padded"]:
         """The network alone: tensors in, normalised actions at the padded width out; this is what compiles."""
+        if not torch.compiler.is_compiling():
+            self._n_runs += 1
+        outer = self.run_state.begin(lambda: self.segments(inputs))
+        try:
+            return self._sample(inputs, noise)
+        finally:
+            self.run_state.end(outer)
+
+    def _sample(self, inputs: ModelInputs, noise: Any) -> Tensor:
         draws = Draws(noise, self.device)
         actions = self.net.sample_actions(inputs, draws, self.run_state)
         draws.check_used_up()
         return actions
 
     @torch.no_grad()
-    def predict_action_chunk(self, batch: Batch, noise: Any = None) -> Float[Tensor, "batch step d_action"]:
+    def predict_action_chunk(
+        self, batch: Batch, noise: Any = None, unnorm_key: str | None = None
+    ) -> Float[Tensor, "batch step d_action"]:
         """A whole action chunk, for an Observation or the public policy's own batch.
 
         In the robot's units for raw observations; for a batch that already went through the checkpoint's
         preprocessor (it carries token ids) normalised, as from the public policy.
         """
-        return self(batch, noise).chunk
+        return self(batch, noise, unnorm_key).chunk
 
     @torch.no_grad()
-    def select_action(self, batch: Batch, noise: Any = None) -> Float[Tensor, "batch d_action"]:
-        """The next action: from the queue, or from a new chunk of which n_action_steps are queued."""
+    def generate_action_tokens(
+        self, batch: Batch, max_new_tokens: int | None = None, unnorm_key: str | None = None
+    ) -> Int[Tensor, "batch token"]:
+        """Ids of the action tokens that the model generates, before they become actions; hooks work as everywhere.
+
+        max_new_tokens: None for as many as an action chunk takes.
+        Raises TypeError for a model that does not generate tokens.
+        """
+        inputs = self.prepare(batch, unnorm_key)
+        with self.running(inputs):
+            return self.net.generate_action_tokens(inputs, max_new_tokens, self.run_state)
+
+    @torch.no_grad()
+    def select_action(
+        self, batch: Batch, noise: Any = None, unnorm_key: str | None = None
+    ) -> Float[Tensor, "batch d_action"]:
+        """The next action: from the queue, or from a new chunk of which n_action_steps are queued.
+
+        While actions are queued the model does not run, so hooks do not fire.
+        A policy that sees several observation steps remembers those of the calls since `reset`; the first one stands
+        for those before it.
+        Raises ValueError when the batch has another size than the queued actions.
+        """
+        if self._queue and (rows := _batch_rows(batch)) != len(self._queue[0]):
+            raise ValueError(
+                f"the queued actions are for {len(self._queue[0])} rows, the batch has {rows}: reset() first"
+            )
+        features = self.spec.features
+        if self._queue and features.n_obs_steps == 1:
+            return self._queue.popleft()
+        inputs, raw = self.prepare_raw(batch, unnorm_key)
+        if isinstance(inputs, StepInputs) and features.n_obs_steps > 1:
+            self._history.extend([inputs] * (features.n_obs_steps if not self._history else 1))
+            self._history = self._history[-features.n_obs_steps :]
+            inputs = inputs.follow(self._history[:-1])
         if not self._queue:
-            chunk = self.predict_action_chunk(batch, noise)
-            self._queue.extend(chunk[:, : self.spec.features.n_action_steps].unbind(1))
+            chunk = self._run(inputs, raw, noise, unnorm_key).chunk
+            self._queue.extend(chunk[:, : features.n_action_steps].unbind(1))
         return self._queue.popleft()
 
     def reset(self) -> None:
-        """Forget queued actions; call it when an episode starts."""
+        """Forget queued actions and past observations; call it when an episode starts."""
         self._queue.clear()
+        self._history = []
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HookedVLA":
+        # .to(dtype), .bfloat16() and so on leave in float32 what the public implementation keeps there
+        islands = {
+            name: parameter.detach()
+            for name, parameter in self.net.named_parameters()
+            if _parameter_dtype(name, self.spec, torch.int8) == parameter.dtype == torch.float32
+        }
+        super()._apply(fn, recurse)
+        for name, before in islands.items():
+            parameter = self.net.get_parameter(name)
+            if parameter.dtype != torch.float32:
+                parameter.data = before.to(parameter.device)
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -210,6 +303,22 @@ def _feature_keys(checkpoint: Checkpoint) -> list[str]:
     return [*(checkpoint.config.get("input_features") or {}), *(checkpoint.config.get("output_features") or {})]
 
 
+def _batch_rows(batch: Batch) -> int:
+    """Rows of an observation or batch, before preprocessing."""
+    if isinstance(batch, ModelInputs):
+        return batch.batch_size
+    if isinstance(batch, Observation):
+        return 1 if np.ndim(batch.state) == 1 else len(batch.state)
+    return next((len(value) for value in batch.values() if isinstance(value, Tensor)), 1)
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point torch dtype or its name, got {dtype!r}")
+    return found
+
+
 def _device(device: str | torch.device) -> torch.device:
     try:
         place = torch.device(device)
@@ -220,7 +329,9 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def _parameter_dtype(name: str, spec: ModelSpec, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if name.startswith(tuple(f"{module}." for module in spec.fp32)) else dtype
+    # "{}" in spec.fp32 stands for a number, as in the key rules
+    found = any(re.match(re.escape(module).replace(r"\{\}", r"\d+") + r"\.", name) for module in spec.fp32)
+    return torch.float32 if found else dtype
 
 
 def _device_map(

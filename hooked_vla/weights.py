@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from hooked_vla.models.network import expand_ties, share_parameters
+from hooked_vla.part_files import PATTERN, PartFile, part_files
 from hooked_vla.spec import KeyTarget, Split, Transposed
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,10 @@ class LoadReport:
 
 
 class Checkpoint:
-    """A folder in a public layout, its tensors listed by key but not read."""
+    """A folder in a public layout, its tensors listed by key but not read.
+
+    Those of `<part>--<step>_checkpoint.pt` files have keys `<part>/<key>`; `parts` has the files.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -57,24 +62,36 @@ class Checkpoint:
             raise FileNotFoundError(f"no config.json in {folder}")
         self.config = config
         self.tensors: dict[str, StoredTensor] = {}
-        for file in self._weight_files():
-            for key, shape in _list_tensors(file).items():
+        for file, wanted in self._weight_files().items():
+            stored = _list_tensors(file)
+            missing = sorted(set(wanted or ()) - set(stored))
+            if missing:
+                raise ValueError(f"{INDEX} says that {file.name} holds {missing[:10]}, but it does not")
+            for key in stored if wanted is None else wanted:
                 # torch.compile leaves its wrapper's name in saved keys
-                self.tensors[key.replace("_orig_mod.", "")] = StoredTensor(file, key, shape)
+                self.tensors[key.replace("_orig_mod.", "")] = StoredTensor(file, key, stored[key])
         self._open: dict[Path, Any] = {}
+        self.parts = part_files(folder)
+        for part, file in self.parts.items():
+            opened = self._open[file] = PartFile(file)
+            for key, shape in opened.shapes().items():
+                self.tensors[f"{part}/{key}"] = StoredTensor(file, key, shape)
 
     def json(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the folder; None where there is none.
 
-        Raises ValueError when the file is not JSON.
+        Raises ValueError when the file is not a JSON object.
         """
         path = self.folder / name
         if not path.is_file():
             return None
         try:
-            return json.loads(path.read_text())
+            content = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} must hold a JSON object, it holds a {type(content).__name__}")
+        return content
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a tensor.
@@ -90,20 +107,42 @@ class Checkpoint:
         stored = self.tensors[key]
         if stored.file not in self._open:
             self._open[stored.file] = safe_open(stored.file, framework="pt")
-        return self._open[stored.file].get_tensor(stored.key)
+        opened = self._open[stored.file]
+        return opened.read(stored.key) if isinstance(opened, PartFile) else opened.get_tensor(stored.key)
 
     def sidecars(self) -> dict[str, bytes]:
         """The folder's small files by relative path: everything but the weights."""
         paths = {path for pattern in SIDECARS for path in self.folder.glob(pattern) if path.is_file()}
         return {str(path.relative_to(self.folder)): path.read_bytes() for path in sorted(paths) if path.name != INDEX}
 
-    def _weight_files(self) -> list[Path]:
+    def _weight_files(self) -> dict[Path, list[str] | None]:
+        """Weight files and the keys that are theirs; None for all that a file holds."""
         index = self.json(INDEX)
-        names = [WEIGHTS] if index is None else sorted(set(index["weight_map"].values()))
-        missing = [name for name in names if not (self.folder / name).is_file()]
+        if index is None:
+            files: dict[str, list[str] | None] = {WEIGHTS: None}
+        elif isinstance(index.get("weight_map"), dict):
+            files = {}
+            for name in set(index["weight_map"].values()):
+                files[name] = [key for key, file in index["weight_map"].items() if file == name]
+        else:
+            raise ValueError(f"{self.folder / INDEX} has no weight_map")
+        missing = sorted(name for name in files if not (self.folder / name).is_file())
         if missing:
             raise FileNotFoundError(f"missing weight files in {self.folder}: {missing}")
-        return [self.folder / name for name in names]
+        return {self.folder / name: keys for name, keys in files.items()}
+
+
+def remove_leftovers(folder: Path, written: Container[str]) -> None:
+    """Remove what another checkpoint left beside one that was just written: shards, their index, processor files."""
+    index = folder / INDEX
+    if index.is_file():
+        shards = set(json.loads(index.read_text()).get("weight_map", {}).values())
+        for name in [INDEX, *shards]:
+            if name not in written:
+                (folder / name).unlink(missing_ok=True)
+    for path in [*folder.glob("policy_*.json"), *folder.glob("policy_*.safetensors")]:
+        if path.name not in written:
+            path.unlink()
 
 
 def _list_tensors(file: Path) -> dict[str, tuple[int, ...]]:
@@ -122,7 +161,7 @@ def open_checkpoint(path_or_id: str | Path, revision: str | None = None) -> Chec
     folder = Path(path_or_id)
     if not folder.is_dir():
         try:
-            patterns = [*SIDECARS, "*.safetensors"]
+            patterns = [*SIDECARS, "*.safetensors", PATTERN]
             folder = Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=patterns))
         except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError) as error:
             raise FileNotFoundError(
@@ -158,14 +197,14 @@ class KeyRules:
 
     def __init__(self, table: Mapping[str, Mapping[str, KeyTarget]]) -> None:
         # (regular expression of the key, its canonical form, our alternatives as (name, source without key))
-        self._rules: list[tuple[re.Pattern[str], str, list[tuple[str, Source]], bool]] = []
+        self._rules: list[tuple[re.Pattern[str], _Canonical, list[tuple[str, Source]], bool]] = []
         for prefixes, rules in table.items():
             spellings = prefixes.split("|")
             for pattern, target in rules.items():
-                start = "|".join(map(re.escape, spellings))
-                regex = f"(?:{start})" + re.escape(pattern).replace(r"\{\}", r"(\d+)")
+                starts = "|".join(_regex(spelling) for spelling in spellings)
                 targets, together = _targets(target)
-                self._rules.append((re.compile(regex), spellings[0] + pattern, targets, together))
+                canonical = _Canonical(spellings[0] + pattern)
+                self._rules.append((re.compile(f"(?:{starts}){_regex(pattern)}"), canonical, targets, together))
 
     def find(self, key: str, parameters: Container[str]) -> list[tuple[str, Source]] | None:
         """The parameters that a key fills; [] for a key to drop, None for one that no rule or parameter explains.
@@ -177,10 +216,11 @@ class KeyRules:
             raise ValueError(f"{len(found)} key rules claim {key!r}")
         if not found:
             return None
-        match, (_, _, targets, together) = found[0]
+        match, (_, canonical, targets, together) = found[0]
         if not targets:
             return []
-        named = [(name.format(*match.groups()), replace(source, key=key)) for name, source in targets]
+        numbers = canonical.ours(match.groups())
+        named = [(name.format(*numbers), replace(source, key=key)) for name, source in targets]
         present = [(name, source) for name, source in named if name in parameters]
         return (present if together else present[:1]) or None
 
@@ -193,9 +233,34 @@ class KeyRules:
             pattern = ".".join("{}" if part.isdigit() else part for part in parts)
             if pattern in by_pattern or name in by_pattern:
                 canonical, source = by_pattern.get(name) or by_pattern[pattern]
-                numbers = [part for part in parts if part.isdigit()] if "{}" in canonical else []
-                found[name] = replace(source, key=canonical.format(*numbers))
+                numbers = [part for part in parts if part.isdigit()]
+                found[name] = replace(source, key=canonical.key(numbers))
         return found
+
+
+_NUMBER = re.compile(r"\{(\+\d+)?\}")
+
+
+def _regex(pattern: str) -> str:
+    """Regular expression of a key pattern: "{}" and "{+1}" match numbers."""
+    literals = _NUMBER.split(pattern)[::2]
+    return r"(\d+)".join(map(re.escape, literals))
+
+
+class _Canonical:
+    """A key in the spelling that is written; "{+1}" in it is a number that counts from 1 where ours counts from 0."""
+
+    def __init__(self, pattern: str) -> None:
+        self.shifts = [int(shift or 0) for shift in _NUMBER.findall(pattern)]
+        self.pattern = _NUMBER.sub("{}", pattern)
+
+    def ours(self, numbers: Sequence[str]) -> list[int]:
+        return [int(number) - shift for number, shift in zip(numbers, self.shifts, strict=True)]
+
+    def key(self, numbers: Sequence[str]) -> str:
+        if not self.shifts:
+            return self.pattern
+        return self.pattern.format(*(int(n) + shift for n, shift in zip(numbers, self.shifts, strict=True)))
 
 
 def _targets(target: KeyTarget) -> tuple[list[tuple[str, Source]], bool]:
@@ -263,15 +328,16 @@ def fill_network(
             module._buffers[leaf] = value
         else:
             module.register_parameter(leaf, nn.Parameter(value))
-    for name, other in tied.items():
-        if name not in plan:
-            module = net.get_submodule(name.rpartition(".")[0])
-            module.register_parameter(name.rpartition(".")[2], net.get_parameter(other))
+    share_parameters(net, {name: other for name, other in tied.items() if name not in plan})
 
 
-def public_state_dict(net: nn.Module, rules: KeyRules) -> dict[str, Tensor]:
-    """A network's tensors under their keys in the public layout."""
-    ours = net.state_dict()
+def public_state_dict(net: nn.Module, rules: KeyRules, tied: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+    """A network's tensors under their keys in the public layout; what is still `tied` is left out."""
+    ties = expand_ties(tied or {}, net.state_dict())
+    ours = {
+        name: value for name, value in net.state_dict(keep_vars=True).items()
+        if name not in ties or value is not net.get_parameter(ties[name])
+    }  # fmt: skip
     parts: dict[str, dict[int, Tensor]] = {}
     for name, source in rules.public_sources(ours).items():
         value = ours[name].detach()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipe import checkpoint_folder
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,7 +26,7 @@ class Golden:
 
     folder: Path
     batch: dict[str, Tensor]
-    noise: Tensor
+    noise: Tensor | list[Tensor]
     recorded: dict[str, Tensor]
 
     @property
@@ -36,7 +37,9 @@ class Golden:
 def read_golden(name: str) -> Golden:
     recorded = load_file(GOLDEN / name / "golden.safetensors")
     batch = {key.removeprefix("input."): value for key, value in recorded.items() if key.startswith("input.")}
-    return Golden(GOLDEN / name, batch, batch.pop("noise"), recorded)
+    # the starting noise alone, or every draw in order, of which there may be none
+    draws = [batch.pop(f"draw.{i}") for i in range(sum(key.startswith("draw.") for key in batch))]
+    return Golden(checkpoint_folder(GOLDEN / name), batch, batch.pop("noise", draws), recorded)
 
 
 @pytest.fixture(scope="session")

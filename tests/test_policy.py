@@ -136,7 +136,7 @@ def test_statistics_of_processor_files_reach_raw_observations_only(golden: Golde
     stats = {f"{STATE}.mean": torch.full((6,), 2.0), f"{STATE}.std": torch.full((6,), 4.0),
              "action.mean": torch.full((6,), 1.0), "action.std": torch.full((6,), 3.0)}  # fmt: skip
     save_file(stats, folder / "policy_preprocessor_step_5_normalizer_processor.safetensors")
-    step = {"registry_name": "normalizer_processor", "config": {"eps": 0.0},
+    step = {"registry_name": "normalizer_processor", "config": {"eps": 0.0, "norm_map": {"STATE": "MEAN_STD", "ACTION": "MEAN_STD"}},
             "state_file": "policy_preprocessor_step_5_normalizer_processor.safetensors"}  # fmt: skip
     rename = {"registry_name": "rename_observations_processor",
               "config": {"rename_map": {"observation.images.front": "observation.images.top"}}}  # fmt: skip
@@ -167,6 +167,18 @@ def test_statistics_of_processor_files_reach_raw_observations_only(golden: Golde
     again = tmp_path / "again"
     model.save_pretrained(again)
     assert torch.equal(HookedVLA.from_pretrained(again)(raw, golden.noise).chunk, model(raw, golden.noise).chunk)
+
+
+def test_damaged_processor_files_are_named(golden: Golden, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(golden.folder, folder)
+    step = {"registry_name": "normalizer_processor", "config": {}, "state_file": "policy_stats.safetensors"}
+    (folder / "policy_preprocessor.json").write_text(json.dumps({"steps": [step]}))
+    with pytest.raises(ValueError, match="policy_preprocessor.json names 'policy_stats.safetensors', which is not"):
+        HookedVLA.from_pretrained(folder)
+    (folder / "policy_stats.safetensors").write_bytes(b"1234")
+    with pytest.raises(ValueError, match="policy_stats.safetensors is truncated"):
+        HookedVLA.from_pretrained(folder)
 
 
 def test_resizing_keeps_the_aspect_and_pads_left_and_top() -> None:

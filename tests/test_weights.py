@@ -87,6 +87,49 @@ def test_sharded_files_load(golden: Golden, golden_model: HookedVLA, folder: Pat
         HookedVLA.from_pretrained(folder)
 
 
+def test_saving_over_another_checkpoint_leaves_nothing_of_it(golden_model: HookedVLA, folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    weight_map = {name: f"part{i % 2}.safetensors" for i, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        save_file({name: tensors[name] for name in names if weight_map[name] == file}, folder / file)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "policy_preprocessor.json").write_text(json.dumps({"steps": []}))
+    golden_model.save_pretrained(folder)
+    assert not {"part0.safetensors", "model.safetensors.index.json", "policy_preprocessor.json"} & {
+        path.name for path in folder.iterdir()
+    }
+    HookedVLA.from_pretrained(folder)
+
+
+def test_the_index_decides_which_file_holds_a_key(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    bias = "model.action_out_proj.bias"
+    weight_map = {key: "model.safetensors" for key in tensors} | {bias: "a.safetensors"}
+    save_file({bias: torch.full((10,), 7.0)}, folder / "a.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert (HookedVLA.from_pretrained(folder).net.expert.action_out_proj.bias == 7).all()
+    weight_map["model.action_in_proj.bias"] = "a.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=r"says that a.safetensors holds \['model.action_in_proj.bias'\]"):
+        HookedVLA.from_pretrained(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="has no weight_map"):
+        HookedVLA.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("num_steps", -1), ("num_steps", 0), ("num_steps", "10"), ("chunk_size", 0), ("min_period", 0.0),
+     ("resize_imgs_with_padding", [64]), ("n_action_steps", 99), ("rtc_config", {"enabled": True})],
+)  # fmt: skip
+def test_options_out_of_range_are_named(option: str, value: object, folder: Path) -> None:
+    edit_config(folder, **{option: value})
+    with pytest.raises(ValueError, match=option):
+        HookedVLA.from_pretrained(folder)
+
+
 def test_keys_of_a_compiled_model_load(golden: Golden, folder: Path) -> None:
     def wrap(tensors: dict) -> None:
         for key in list(tensors):
@@ -176,6 +219,8 @@ def test_device_maps_and_offloading(golden: Golden, golden_model: HookedVLA, tmp
     assert torch.equal(model.predict_action_chunk(golden.batch, golden.noise), expected)
     _, cache = model.run_with_cache(golden.batch, "vlm.blocks.*.hook_resid_post", noise=golden.noise)
     assert len(cache) == 4
+    with pytest.raises(ValueError, match=r"weights of \['vision', 'vlm'\] are not in memory"):
+        model.save_pretrained(tmp_path / "copy")
     with pytest.raises(ValueError, match='must be "auto" or a mapping'):
         HookedVLA.from_pretrained(golden.folder, device_map="balanced")
     with pytest.raises(ValueError, match=r"device_map says nothing about"):

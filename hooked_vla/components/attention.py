@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hooked_vla.components.norm import HeadRMSNorm
 from hooked_vla.components.rope import Rotation, rotate
 from hooked_vla.hooks.point import HookPoint
 
@@ -68,27 +69,39 @@ class Attention(nn.Module):
         q: Float[Tensor, "batch query n_heads d_head"],
         k: Float[Tensor, "batch key n_kv_heads d_head"],
         v: Float[Tensor, "batch key n_kv_heads d_head"],
-        mask: Float[Tensor, "batch 1 query key"] | None,
+        mask: Float[Tensor, "batch 1 #query key"] | None,
     ) -> Float[Tensor, "batch query d_model"]:
         """softmax(q kᵀ / sqrt(d_head) + mask) v, projected out; softmax in float32."""
-        if self.hook_attn_scores.listeners or self.hook_pattern.listeners:
-            z = self._attend_in_the_open(q, k, v, mask)
-        elif flash_takes(q, mask) and _flash_attention() is not None:
-            z = _flash_attention()(q, k, v, softmax_scale=self.scale)
-        else:
-            q, k, v = (rearrange(t, "b s h d -> b h s d") for t in (q, k, v))
-            grouped = self.n_kv_heads != self.n_heads
-            z = functional.scaled_dot_product_attention(q, k, v, mask, scale=self.scale, enable_gqa=grouped)
-            z = rearrange(z, "b h s d -> b s h d")
+        z = self.mix(q, k, v, mask, self.scale)
         return self.o_proj(rearrange(self.hook_z(z), "b s h d -> b s (h d)"))
 
-    def _attend_in_the_open(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def mix(
+        self,
+        q: Float[Tensor, "batch query n_heads d_head"],
+        k: Float[Tensor, "batch key n_kv_heads d_head"],
+        v: Float[Tensor, "batch key n_kv_heads d_head"],
+        mask: Float[Tensor, "batch 1 #query key"] | None,
+        scale: float,
+    ) -> Float[Tensor, "batch query n_heads d_head"]:
+        """softmax(q kᵀ · scale + mask) v for every head."""
+        if self.hook_attn_scores.listeners or self.hook_pattern.listeners:
+            return self._mix_in_the_open(q, k, v, mask, scale)
+        if flash_takes(q, mask) and _flash_attention() is not None:
+            return _flash_attention()(q, k, v, softmax_scale=scale)
+        q, k, v = (rearrange(t, "b s h d -> b h s d") for t in (q, k, v))
+        grouped = self.n_kv_heads != self.n_heads
+        z = functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
+        return rearrange(z, "b h s d -> b s h d")
+
+    def _mix_in_the_open(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         # r query heads share each of the g key and value heads
         q = rearrange(q.float(), "b s (g r) d -> b g r s d", g=self.n_kv_heads)
-        scores = torch.einsum("bgrsd,btgd->bgrst", q, k.float()) * self.scale
+        scores = torch.einsum("bgrsd,btgd->bgrst", q, k.float()) * scale
         scores = rearrange(scores, "b g r s t -> b (g r) s t")
         scores = self.hook_attn_scores(scores if mask is None else scores + mask.float())
-        pattern = self.hook_pattern(scores.softmax(-1).to(v.dtype))
+        # where a row sees nothing at all, softmax divides by nothing: such a query reads nothing
+        pattern = scores.softmax(-1).masked_fill(scores == -torch.inf, 0)
+        pattern = self.hook_pattern(pattern.to(v.dtype))
         pattern = rearrange(pattern, "b (g r) s t -> b g r s t", g=self.n_kv_heads)
         return rearrange(torch.einsum("bgrst,btgd->bsgrd", pattern, v), "b s g r d -> b s (g r) d")
 
@@ -142,7 +155,21 @@ class RotarySelfAttention(SelfAttention):
         return q, KeysValues(self.hook_rot_k(rotate(k, by)), v)
 
     def forward(
-        self, x: Float[Tensor, "batch seq d_model"], by: Rotation, mask: Float[Tensor, "batch 1 seq seq"]
+        self, x: Float[Tensor, "batch seq d_model"], by: Rotation, mask: Float[Tensor, "batch 1 seq seq"] | None
     ) -> tuple[Float[Tensor, "batch seq d_model"], KeysValues]:
         q, kv = self.rotated(x, by)
         return self.attend(q, kv.k, kv.v, mask), kv
+
+
+class QKNormAttention(RotarySelfAttention):
+    """Rotary self-attention whose queries and keys are normed head by head before they are rotated (Qwen3)."""
+
+    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, d_head: int, eps: float) -> None:
+        super().__init__(d_model, n_heads, n_kv_heads, d_head, bias=False)
+        self.q_norm = HeadRMSNorm(n_heads, d_head, eps)
+        self.k_norm = HeadRMSNorm(n_kv_heads, d_head, eps)
+
+    def rotated(self, x: Float[Tensor, "batch seq d_model"], by: Rotation) -> tuple[Tensor, KeysValues]:
+        q = self.hook_rot_q(rotate(self.q_norm(self.queries(x)), by))
+        k, v = self.keys_values(x)
+        return q, KeysValues(self.hook_rot_k(rotate(self.k_norm(k), by)), v)

@@ -62,7 +62,13 @@ class TokenDecoder(nn.Module):
     """Blocks around CachedAttention and a final norm, whose parameters the owner ties to those of its prefix model."""
 
     def __init__(
-        self, d_model: int, d_head: int, rope_base: float, d_vocab: int, blocks: Iterable[nn.Module], ln_final: nn.Module
+        self,
+        d_model: int,
+        d_head: int,
+        rope_base: float,
+        d_vocab: int,
+        blocks: Iterable[nn.Module],
+        ln_final: nn.Module,
     ) -> None:
         super().__init__()
         self.d_model, self.d_head, self.rope_base, self.d_vocab = d_model, d_head, rope_base, d_vocab
@@ -105,12 +111,13 @@ def generate_greedily(
     never); what was not generated is 0.
     """
     tokens = [first.argmax(-1)]
-    ended = tokens[0] == end_token
+    ended = torch.zeros_like(tokens[0], dtype=torch.bool)
     for step in range(n_tokens - 1):
-        if end_token is not None and bool(ended.all()):
-            break
+        if end_token is not None:
+            ended = ended | (tokens[-1] == end_token)
+            if bool(ended.all()):
+                break
         run.denoise_step = step
         tokens.append(next_logits(tokens[-1], step).argmax(-1))
-        ended = ended | (tokens[-1] == end_token)
     run.denoise_step = None
     return functional.pad(torch.stack(tokens, dim=1), (0, n_tokens - len(tokens)))

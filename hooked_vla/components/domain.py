@@ -7,18 +7,23 @@ from torch.nn import functional
 
 
 class DomainLinear(nn.Module):
-    """y = x W[e] + b[e] for a row of domain e. W is [domain, d_in, d_out]: input first, unlike nn.Linear."""
+    """y = x W[e] + b[e] for a row of domain e. W is [domain, d_in, d_out]: input first, unlike nn.Linear.
 
-    def __init__(self, n_domains: int, d_in: int, d_out: int) -> None:
+    flat: W is stored with its last two axes merged, as some public layouts have it.
+    """
+
+    def __init__(self, n_domains: int, d_in: int, d_out: int, flat: bool = False) -> None:
         super().__init__()
         self.n_domains, self.d_in, self.d_out = n_domains, d_in, d_out
-        self.W = nn.Parameter(torch.empty(n_domains, d_in, d_out).normal_(std=0.02))
+        shape = (n_domains, d_in * d_out) if flat else (n_domains, d_in, d_out)
+        self.W = nn.Parameter(torch.empty(shape).normal_(std=0.02))
         self.b = nn.Parameter(torch.zeros(n_domains, d_out))
 
     def forward(
         self, x: Float[Tensor, "batch seq d_in"], domain: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch seq d_out"]:
-        return torch.bmm(x, self.W[domain]) + self.b[domain][:, None]
+        weight = self.W[domain].view(-1, self.d_in, self.d_out)
+        return torch.bmm(x, weight) + self.b[domain][:, None]
 
 
 class DomainMLP(nn.Module):

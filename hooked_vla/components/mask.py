@@ -20,6 +20,13 @@ def block_mask(valid: Bool[Tensor, "batch seq"], starts_block: Bool[Tensor, " se
     return visible & valid[:, None, :] & valid[:, :, None]
 
 
+def causal(valid: Bool[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq seq"]:
+    """True where query i may see key j: j is not after i, and valid. Padded queries see what is valid before them."""
+    length = valid.shape[1]
+    earlier = torch.ones(length, length, dtype=torch.bool, device=valid.device).tril()
+    return earlier & valid[:, None, :]
+
+
 def positions(valid: Bool[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
     """Position of each token among its row's valid tokens; padding repeats the position before it."""
     return valid.long().cumsum(1) - 1
@@ -29,3 +36,12 @@ def additive(visible: Bool[Tensor, "batch query key"], dtype: torch.dtype) -> Fl
     """0 where visible, the dtype's minimum elsewhere: a row that sees nothing attends evenly, as in the sources."""
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
+
+
+def additive_or_blind(
+    visible: Bool[Tensor, "batch query key"], dtype: torch.dtype
+) -> Float[Tensor, "batch 1 query key"]:
+    """Like `additive`, but a row that sees nothing attends to nothing: its minus infinities make fused attention, and
+    ours, return 0 for it."""
+    blind = ~visible.any(-1, keepdim=True)
+    return additive(visible, dtype).masked_fill(blind[:, None], -torch.inf)

@@ -1,6 +1,7 @@
 """Feed-forward networks, plain and gated."""
 
 from collections.abc import Callable
+from functools import partial
 
 from einops import rearrange
 from jaxtyping import Float
@@ -11,9 +12,10 @@ from hooked_vla.hooks.point import HookPoint
 
 # Hugging Face's names of activations
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
     "silu": functional.silu,
     "gelu": functional.gelu,
-    "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
 }
 
 

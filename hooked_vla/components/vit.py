@@ -1,12 +1,13 @@
 """Vision transformer: patches, learned positions, pre-norm blocks, a final norm."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_vla.components.attention import SelfAttention
 from hooked_vla.components.block import Block
 from hooked_vla.components.embed import PatchEmbed, PositionTable
-from hooked_vla.components.mlp import MLP
+from hooked_vla.components.mlp import MLP, activation
 from hooked_vla.components.norm import LayerNorm
 from hooked_vla.hooks.point import HookPoint
 from hooked_vla.spec import VisionSpec
@@ -48,3 +49,24 @@ def _block(spec: VisionSpec) -> Block:
         ln2=LayerNorm(spec.d_model, spec.eps),
         mlp=MLP(spec.d_model, spec.d_mlp, spec.act),
     )
+
+
+class AttentionPool(nn.Module):
+    """SigLIP's pooling head: a learned query attends to all patches, then an MLP; one vector an image.
+
+    Checkpoints carry it although no policy reads it. It has no hook points and runs only when called.
+    """
+
+    def __init__(self, spec: VisionSpec) -> None:
+        super().__init__()
+        self.act = activation(spec.act)
+        self.probe = nn.Parameter(torch.randn(1, 1, spec.d_model))
+        self.attention = nn.MultiheadAttention(spec.d_model, spec.n_heads, batch_first=True)
+        self.ln = nn.LayerNorm(spec.d_model, eps=spec.eps)
+        self.up_proj = nn.Linear(spec.d_model, spec.d_mlp)
+        self.down_proj = nn.Linear(spec.d_mlp, spec.d_model)
+
+    def forward(self, features: Float[Tensor, "image seq d_model"]) -> Float[Tensor, "image d_model"]:
+        query = self.probe.expand(features.shape[0], -1, -1)
+        pooled = self.attention(query, features, features, need_weights=False)[0]
+        return (pooled + self.down_proj(self.act(self.up_proj(self.ln(pooled)))))[:, 0]

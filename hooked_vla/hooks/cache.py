@@ -5,6 +5,7 @@ them while `cache.keys()` lists each tensor once. Entries of the expert have a l
 stacked when first asked for.
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from hooked_vla.hooks.point import HookPoint, SegmentTable
 from hooked_vla.inputs import Segments
 
 TOKEN_AXES = ("seq", "query", "key", "prefix")
-ROW_AXES = ("batch", "image")
+ROW_AXES = ("batch", "image", "window")
 
 
 if TYPE_CHECKING:
@@ -55,29 +56,29 @@ class SegmentView:
         {"query": "action", "key": "language"}. axis: which token axis, needed where there are several and one name.
         Rows whose segments differ in length are padded on the right with pad_value. In streams with a row per
         camera image, rows without the segment are left out.
-        Raises KeyError for an unknown segment, ValueError where an axis or pad_value is needed.
+        Raises KeyError for an unknown segment, ValueError where an axis or pad_value is needed or there are no rows.
         """
         wanted = name if isinstance(name, Mapping) else {self._token_axis(axis): name}
-        tensor = self._tensor
+        row_dim = next((i for i, each in enumerate(self._entry.axes) if each in ROW_AXES), None)
+        if row_dim is None:
+            raise ValueError(f"{self._site} has axes {self._entry.axes}: no rows whose tokens could differ")
+        positions = {}
         for each, segment in wanted.items():
-            tensor = self._cut(tensor, self._token_axis(each), segment, pad_value)
-        return tensor
-
-    def _cut(self, tensor: Tensor, axis: str, name: str, pad_value: float | None) -> Tensor:
-        segments = self._table[self._entry.streams[axis]]
-        positions = segments.positions(name)
-        rows = [i for i, p in enumerate(positions) if len(p) or segments.row_axis == "batch"]
-        lengths = [len(positions[i]) for i in rows]
-        row_dim = next(i for i, each in enumerate(self._entry.axes) if each in ROW_AXES)
-        token_dim = self._entry.axes.index(axis) - 1
-        parts = [tensor.select(row_dim, i).index_select(token_dim, positions[i].to(tensor.device)) for i in rows]
-        if len(set(lengths)) > 1:
-            if pad_value is None:
-                raise ValueError(
-                    f"segment {name!r} of {self._site} has {lengths} tokens in rows {rows}; "
-                    "pass pad_value= to pad them to one length, or slice the cache by row first"
-                )
-            parts = [_pad_to(part, token_dim, max(lengths), pad_value) for part in parts]
+            segments = self._table[self._entry.streams[self._token_axis(each)]]
+            positions[each] = segments.positions(segment)
+        everywhere = range(self._tensor.shape[row_dim])
+        rows = [i for i in everywhere if segments.row_axis == "batch" or all(len(p[i]) for p in positions.values())]
+        parts = [self._tensor.select(row_dim, i) for i in rows]
+        for each, found in positions.items():
+            dim, lengths = self._entry.axes.index(each) - 1, [len(found[i]) for i in rows]
+            parts = [part.index_select(dim, found[i].to(part.device)) for part, i in zip(parts, rows, strict=True)]
+            if len(set(lengths)) > 1:
+                if pad_value is None:
+                    raise ValueError(
+                        f"segment {wanted[each]!r} of {self._site} has {lengths} tokens in rows {rows}; "
+                        "pass pad_value= to pad them to one length, or slice the cache by row first"
+                    )
+                parts = [_pad_to(part, dim, max(lengths), pad_value) for part in parts]
         return torch.stack(parts, dim=row_dim)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -116,8 +117,9 @@ class Entry:
 class ActivationCache(Mapping[str, Activation]):
     """Name -> Activation, each tensor once.
 
-    Made by `run_with_cache` or `load`. batch_size is the number of batch rows (an "image" axis has one row per
-    batch row and camera). Gradients of a run with `incl_bwd` stand under `<name>_grad`, as in TransformerLens.
+    Made by `run_with_cache` or `load`. order has all points of the model, cached or not. batch_size is the number of
+    batch rows (an "image" axis has one row per batch row and camera). Gradients of a run with `incl_bwd` stand under
+    `<name>_grad`, as in TransformerLens.
     """
 
     parts: dict[str, list[Tensor]]
@@ -125,6 +127,7 @@ class ActivationCache(Mapping[str, Activation]):
     aliases: dict[str, str]
     batch_size: int
     segments: SegmentTable = field(repr=False)
+    order: tuple[str, ...] = field(repr=False)
 
     def __getitem__(self, name: str) -> Activation:
         """Raises KeyError with the nearest cached names."""
@@ -158,7 +161,7 @@ class ActivationCache(Mapping[str, Activation]):
             # one tensor served every step: shown along the denoise axis without being copied
             return parts[0].expand(len(entry.steps), *parts[0].shape)
         if not isinstance(parts, _Stacked):
-            self.parts[name] = parts = _Stacked(torch.stack(parts))
+            self.parts[name] = parts = _Stacked(parts)
         return parts.stacked
 
     @property
@@ -192,9 +195,12 @@ class ActivationCache(Mapping[str, Activation]):
             parts[name] = [done[id(tensor)] for tensor in tensors]
         return replace(self, parts=parts)
 
-    def rows(self, rows: Sequence[int] | slice) -> "ActivationCache":
-        """Some batch rows only, segments included."""
-        wanted = list(range(self.batch_size))[rows] if isinstance(rows, slice) else list(rows)
+    def rows(self, rows: int | Sequence[int] | slice) -> "ActivationCache":
+        """Some batch rows only, segments included; the batch axis stays. Booleans are a mask.
+
+        Raises IndexError for a row that is not there.
+        """
+        wanted = _indices(rows, self.batch_size)
 
         def cut(tensor: Tensor, entry: Entry) -> Tensor:
             axes = entry.axes[1:] if entry.steps is not None else entry.axes
@@ -214,11 +220,12 @@ class ActivationCache(Mapping[str, Activation]):
         mapped = replace(self, parts={name: list(self._per_step(name)) for name in self.parts})._map(cut)
         return replace(mapped, batch_size=len(wanted), segments=SegmentTable(cut_segments))
 
-    def denoise_steps(self, steps: Sequence[int]) -> "ActivationCache":
+    def denoise_steps(self, steps: int | Sequence[int]) -> "ActivationCache":
         """Some denoise steps only, by their number in the run; entries without a denoise axis stay whole.
 
         Raises KeyError for a step that was not cached.
         """
+        steps = [steps] if isinstance(steps, int) else list(steps)
         parts, entries = dict(self.parts), dict(self.entries)
         for name, entry in self.entries.items():
             if entry.steps is None:
@@ -227,7 +234,9 @@ class ActivationCache(Mapping[str, Activation]):
             if missing:
                 raise KeyError(f"denoise steps {missing} of {name} are not cached; cached: {list(entry.steps)}")
             per_step = list(self._per_step(name))
-            parts[name] = [per_step[entry.steps.index(step)] for step in steps] if len(per_step) > 1 else per_step
+            if len(per_step) > 1:
+                # copies: views would keep the steps that were left out
+                parts[name] = [per_step[entry.steps.index(step)].clone() for step in steps]
             entries[name] = replace(entry, steps=tuple(steps))
         return replace(self, parts=parts, entries=entries)
 
@@ -237,7 +246,32 @@ class ActivationCache(Mapping[str, Activation]):
 
     def stack(self, names_filter: hook_names.NamesFilter) -> Tensor:
         """The selected tensors along a new leading axis, in the order of the model; shapes must agree."""
-        return torch.stack([self[name] for name in hook_names.resolve(names_filter, [*self.parts, *self.aliases])])
+        return torch.stack([self[name] for name in hook_names.resolve(names_filter, self._in_order())])
+
+    def _in_order(self) -> list[str]:
+        known = [name for name in self.order if name in self]
+        return known + [name for name in (*self.parts, *self.aliases) if name not in self.order]
+
+    def gradients(self, metric: Tensor, names_filter: hook_names.NamesFilter = None) -> "ActivationCache":
+        """Gradients of a scalar at the cached points, under the points' own names; the graph stays usable.
+
+        Points that the scalar does not depend on are left out. At a tensor that serves every denoise step this is
+        the sum over steps; `run_with_cache(incl_bwd=...)` tells the steps apart.
+        Raises ValueError when the scalar depends on no cached tensor: it has no graph, or the tensors were cached
+        with device=, dtype= or clone= and are not those that the model went on with.
+        """
+        wanted = hook_names.resolve(names_filter, list(self.parts))
+        places = [(name, i) for name in wanted for i in range(len(self.parts[name]))]
+        found = _gradients(metric, [self.parts[name][i] for name, i in places]) if metric.requires_grad else []
+        parts: dict[str, list[Tensor]] = {}
+        for (name, i), gradient in zip(places, found or [None] * len(places), strict=True):
+            parts.setdefault(name, []).append(torch.zeros_like(self.parts[name][i]) if gradient is None else gradient)
+        reached = {name for (name, _), gradient in zip(places, found, strict=False) if gradient is not None}
+        if not reached:
+            raise ValueError("the metric depends on no cached tensor through the autograd graph")
+        aliases = {name: twin for name, twin in self.aliases.items() if twin in reached}
+        return replace(self, parts={n: p for n, p in parts.items() if n in reached}, aliases=aliases,
+                       entries={name: self.entries[name] for name in reached})  # fmt: skip
 
     def accumulated_resid(self, pathway: str, layer: int | None = None, incl_mid: bool = False) -> Tensor:
         """The residual stream entering each block up to `layer` (None: all, and the last block's output).
@@ -248,8 +282,7 @@ class ActivationCache(Mapping[str, Activation]):
 
     def resid_labels(self, pathway: str, layer: int | None = None, incl_mid: bool = False) -> list[str]:
         """Names of what `accumulated_resid` stacks."""
-        n_layers = self._n_layers(pathway)
-        last = n_layers if layer is None else layer
+        n_layers, last = self._layers(pathway, layer)
         labels = []
         for i in range(min(last + 1, n_layers)):
             labels.append(f"{pathway}.blocks.{i}.hook_resid_pre")
@@ -262,18 +295,23 @@ class ActivationCache(Mapping[str, Activation]):
 
         Returns the components [component, ...] and their names; their sum is the residual stream.
         """
-        last = self._n_layers(pathway) if layer is None else layer
+        _, last = self._layers(pathway, layer)
         labels = [f"{pathway}.hook_tokens"]
         for i in range(last):
             labels += [f"{pathway}.blocks.{i}.hook_attn_out", f"{pathway}.blocks.{i}.hook_mlp_out"]
+            labels += [name for name in (f"{pathway}.blocks.{i}.hook_deepstack",) if name in self]
         return torch.stack([self[name] for name in labels]), labels
 
-    def _n_layers(self, pathway: str) -> int:
-        layers = [hook_names.layer(name) for name in self.parts if hook_names.pathway(name) == pathway]
-        numbers = [number for number in layers if number is not None]
-        if not numbers:
-            raise KeyError(f"no block of pathway {pathway!r} is cached")
-        return max(numbers) + 1
+    def _layers(self, pathway: str, layer: int | None) -> tuple[int, int]:
+        """How many blocks the pathway has, and the number of the block before which to stop; None, -1: after all."""
+        layers = [hook_names.layer(name) for name in self.order if hook_names.pathway(name) == pathway]
+        n_layers = max([number for number in layers if number is not None], default=-1) + 1
+        if not n_layers:
+            raise KeyError(f"the model has no blocks in a pathway {pathway!r}")
+        last = n_layers if layer in (None, -1) else layer
+        if not 0 <= last <= n_layers:
+            raise ValueError(f"layer {layer}: {pathway} has blocks 0..{n_layers - 1}; None or -1 means all of them")
+        return n_layers, last
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, one tensor at a time; the file appears under its name when complete."""
@@ -293,11 +331,25 @@ class ActivationCache(Mapping[str, Activation]):
 
 
 class _Stacked(list):
-    """Per-step views of a stacked tensor: the list stays iterable while the memory is held once."""
+    """The steps of a stacked tensor: views of it, so that the memory is held once, or with gradients the originals."""
 
-    def __init__(self, stacked: Tensor) -> None:
-        super().__init__(stacked.unbind(0))
-        self.stacked = stacked
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self.stacked = torch.stack(list(parts))
+        super().__init__(parts if self.stacked.requires_grad else self.stacked.unbind(0))
+
+
+def _indices(chosen: int | Sequence[int] | slice, size: int) -> list[int]:
+    """0-based positions that an index, a slice, a list of indices or a mask chooses among `size`."""
+    everything = list(range(size))
+    if isinstance(chosen, slice):
+        return everything[chosen]
+    listed = [chosen] if isinstance(chosen, int) else list(chosen)
+    if len(listed) == size and all(isinstance(each, bool) for each in listed):
+        return [i for i, each in enumerate(listed) if each]
+    wrong = [each for each in listed if not -size <= int(each) < size]
+    if wrong:
+        raise IndexError(f"rows {wrong}: the cache has rows 0..{size - 1}")
+    return [everything[int(each)] for each in listed]
 
 
 def _stream_rows(size: int, batch: int, rows: Sequence[int], device: Any) -> Tensor:
@@ -309,43 +361,58 @@ class Recorder:
     """Collects what points show during a run; `listen` makes the function that does it at one point."""
 
     def __init__(
-        self, device: str | torch.device | None, dtype: torch.dtype | None, clone: bool, detect_inplace: bool
+        self,
+        device: str | torch.device | None,
+        dtype: torch.dtype | None,
+        clone: bool,
+        detect_inplace: bool,
+        gradients: bool,
     ) -> None:
         self.device, self.dtype, self.clone, self.detect_inplace = device, dtype, clone, detect_inplace
         self.parts: dict[str, list[Tensor]] = {}
-        self.gradients: dict[str, dict[int | None, Tensor]] = {}
-        self._last: tuple[Tensor, int, Tensor] | None = None
+        self.gradients: dict[str, list[Tensor | None]] = {}
+        self._sources: dict[str, list[Tensor]] | None = {} if gradients else None
+        # what was converted, by identity, for as long as it lives: points often show one tensor
+        self._converted: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
         self._seen: list[tuple[str, Tensor, int]] = []
 
     def listen(self, point: HookPoint) -> Callable[[Tensor, HookPoint], None]:
         """The capturing listener for one point."""
-        # a failed run leaves keys only for points that fired
-        if self.device is None and self.dtype is None and not self.clone and not self.detect_inplace:
-            return self._keep
-        return self._convert
+        plain = self.device is None and self.dtype is None and not self.clone and not self.detect_inplace
+        return self._keep if plain and self._sources is None else self._convert
 
     def _keep(self, value: Tensor, point: HookPoint) -> None:
         self.parts.setdefault(point.name, []).append(value)
 
     def _convert(self, value: Tensor, point: HookPoint) -> None:
+        if self.detect_inplace and value.is_inference():
+            raise RuntimeError("detect_inplace needs version counters, which torch.inference_mode() switches off")
         version = 0 if value.is_inference() else value._version
         if self.detect_inplace:
             self._seen.append((point.name, value, version))
+        if self._sources is not None:
+            self._sources.setdefault(point.name, []).append(value)
         stored = self.parts.setdefault(point.name, [])
-        # neighbouring points often show one tensor (resid_post, then the next resid_pre): convert it once
-        if self._last is not None and self._last[0] is value and self._last[1] == version:
-            stored.append(self._last[2])
+        known = self._converted.get(id(value))
+        if known is not None and known[0]() is value and known[1] == version:
+            stored.append(known[2])
             return
         kept = value.to(device=self.device, dtype=self.dtype if value.is_floating_point() else None)
         if self.clone and kept is value:
             kept = value.clone()
-        self._last = (value, version, kept)
+        self._converted[id(value)] = (weakref.ref(value), version, kept)
         stored.append(kept)
 
-    def keep_gradient(self, gradient: Tensor, point: HookPoint) -> None:
-        """Gradient listener: the gradient at a point and step."""
-        kept = gradient.to(device=self.device, dtype=self.dtype)
-        self.gradients.setdefault(point.name, {})[point.denoise_step] = kept
+    def take_gradients(self, metric: Tensor) -> None:
+        """Gradients of a scalar at every point and step; parameters' own `.grad` stays as it was."""
+        assert self._sources is not None
+        places = [(name, i) for name, values in self._sources.items() for i in range(len(values))]
+        tensors = [self._sources[name][i] for name, i in places]
+        for (name, _), gradient in zip(places, _gradients(metric, tensors), strict=True):
+            if gradient is not None:
+                gradient = gradient.to(device=self.device, dtype=self.dtype)
+            self.gradients.setdefault(name, []).append(gradient)
+        self.gradients = {name: g for name, g in self.gradients.items() if any(each is not None for each in g)}
 
     def check_inplace(self) -> None:
         """Raises RuntimeError naming the cached tensors that were changed in place after they were cached."""
@@ -372,15 +439,21 @@ class Recorder:
             steps = tuple(at_steps)[: len(self.parts[name])] if denoised else None
             axes = (hook_names.DENOISED[point.pathway], *point.axes) if denoised else point.axes
             entries[name] = Entry(axes, point.streams, steps)
-        for name, by_step in self.gradients.items():
-            if name not in parts:
-                continue
-            steps = [step for step in sorted(by_step, key=lambda step: -1 if step is None else step)]
-            parts[f"{name}_grad"] = [by_step[step] for step in steps]
-            found = tuple(step for step in steps if step is not None)
-            entries[f"{name}_grad"] = replace(entries[name], steps=found or None)
-        aliases |= {f"{name}_grad": f"{twin}_grad" for name, twin in aliases.items() if f"{twin}_grad" in parts}
-        return ActivationCache(parts, entries, aliases, batch_size, segments)
+        for name, gradients in self.gradients.items():
+            if name in parts:
+                # a step that the metric does not depend on has gradient zero
+                like = next(each for each in gradients if each is not None)
+                parts[f"{name}_grad"] = [torch.zeros_like(like) if each is None else each for each in gradients]
+                entries[f"{name}_grad"] = entries[name]
+        return ActivationCache(parts, entries, aliases, batch_size, segments, tuple(points))
+
+
+def _gradients(metric: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradient of a scalar at each tensor; None where there is no way to it."""
+    on_graph = [tensor for tensor in tensors if tensor.requires_grad]
+    found = torch.autograd.grad(metric, on_graph, retain_graph=True, allow_unused=True) if on_graph else ()
+    by_id = {id(tensor): gradient for tensor, gradient in zip(on_graph, found, strict=True)}
+    return [by_id.get(id(tensor)) for tensor in tensors]
 
 
 def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:

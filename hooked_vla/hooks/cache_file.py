@@ -55,6 +55,7 @@ def save_cache(cache: ActivationCache, path: Path) -> None:
     segments = {stream: cache.segments[stream] for stream in streams}
     described = {
         "batch_size": cache.batch_size,
+        "order": cache.order,
         "aliases": cache.aliases,
         "entries": {
             name: {
@@ -82,6 +83,7 @@ def save_cache(cache: ActivationCache, path: Path) -> None:
 
 def load_cache(path: Path, device: str | torch.device) -> ActivationCache:
     """See ActivationCache.load."""
+    torch.empty(0, device=device)
     try:
         file = safe_open(path, framework="pt", device=str(device))
     except SafetensorError as error:
@@ -102,5 +104,6 @@ def load_cache(path: Path, device: str | torch.device) -> ActivationCache:
             for stream, each in described["segments"].items()
         }
     return ActivationCache(
-        parts, entries, described["aliases"], described["batch_size"], SegmentTable(lambda: segments)
-    )
+        parts, entries, described["aliases"], described["batch_size"], SegmentTable(lambda: segments).settle(),
+        tuple(described["order"]),
+    )  # fmt: skip

@@ -4,7 +4,7 @@ Nothing here knows a model. A subclass says how an observation becomes inputs an
 carry HookPoints, which are named by their path when the model is built.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -83,12 +83,12 @@ class HookedModel(nn.Module):
 
     # What a subclass says about itself.
 
-    def prepare_raw(self, obs: Any) -> tuple[ModelInputs, bool]:
+    def prepare_raw(self, obs: Any, unnorm_key: str | None = None) -> tuple[ModelInputs, bool]:
         """Preprocess an observation or the public entry point's batch; say whether it was raw, so that its actions
-        are to be un-normalised."""
+        are to be un-normalised. unnorm_key: which statistics, for checkpoints that have several sets."""
         raise NotImplementedError
 
-    def act(self, inputs: ModelInputs, noise: Any, raw: bool) -> Actions:
+    def act(self, inputs: ModelInputs, noise: Any, raw: bool, unnorm_key: str | None = None) -> Actions:
         """Run the network on preprocessed inputs."""
         raise NotImplementedError
 
@@ -108,21 +108,31 @@ class HookedModel(nn.Module):
 
     # Running.
 
-    def forward(self, obs: Any, noise: Any = None) -> Actions:
+    def forward(self, obs: Any, noise: Any = None, unnorm_key: str | None = None) -> Actions:
         """One action chunk for an observation, gradients as the ambient grad mode says.
 
         noise: the starting noise [batch, chunk, d_action], or a list with every random draw in order; None draws.
+        unnorm_key: which statistics to normalise by, for checkpoints that have several sets.
         """
-        return self._run(*self.prepare_raw(obs), noise)
+        return self._run(*self.prepare_raw(obs, unnorm_key), noise, unnorm_key)
 
-    def prepare(self, obs: Any) -> ModelInputs:
+    def prepare(self, obs: Any, unnorm_key: str | None = None) -> ModelInputs:
         """Preprocess an observation or batch; inputs that are ready pass through."""
-        return self.prepare_raw(obs)[0]
+        return self.prepare_raw(obs, unnorm_key)[0]
 
-    def _run(self, inputs: ModelInputs, raw: bool, noise: Any) -> Actions:
+    def _run(self, inputs: ModelInputs, raw: bool, noise: Any, unnorm_key: str | None = None) -> Actions:
+        with self.running(inputs):
+            return self.act(inputs, noise, raw, unnorm_key)
+
+    @contextmanager
+    def running(self, inputs: ModelInputs) -> Iterator[None]:
+        """A forward pass on `inputs`: hooks know its token segments, and what surrounds it comes back afterwards."""
         self._n_runs += 1
-        self.run_state.begin(lambda: self.segments(inputs))
-        return self.act(inputs, noise, raw)
+        outer = self.run_state.begin(lambda: self.segments(inputs))
+        try:
+            yield
+        finally:
+            self.run_state.end(outer)
 
     @property
     def points(self) -> Mapping[str, HookPoint]:
@@ -212,13 +222,15 @@ class HookedModel(nn.Module):
         bwd_hooks: Sequence[HookRequest] = (),
         noise: Any = None,
         at_steps: Sequence[int] | None = None,
+        unnorm_key: str | None = None,
     ) -> Actions:
         """One action chunk with hooks attached for this run only.
 
-        Backward hooks act on the graph of this run, so they also serve a `backward()` called afterwards.
+        Backward hooks act on the graph of this run, so they also serve a `backward()` called afterwards; one at a
+        point that no gradient reaches is never called.
         """
         with self.hooks(fwd_hooks, bwd_hooks, at_steps):
-            return self(obs, noise)
+            return self(obs, noise, unnorm_key)
 
     def run_with_cache(
         self,
@@ -233,6 +245,7 @@ class HookedModel(nn.Module):
         clone: bool = False,
         detect_inplace: bool = False,
         max_bytes: int | None = None,
+        unnorm_key: str | None = None,
     ) -> tuple[Actions | None, ActivationCache]:
         """One action chunk and the activations of the selected points.
 
@@ -241,37 +254,49 @@ class HookedModel(nn.Module):
         name of the point after which the run ends (the actions are then None). at_steps: only these denoise steps.
         clone: keep copies, safe from hooks that edit in place; detect_inplace: raise when that happened.
         max_bytes: raise MemoryError beforehand if the cache would be larger.
-        Cached tensors keep their autograd graph; run under `torch.no_grad()` if no gradients are wanted.
+        Cached tensors keep their autograd graph; run under `torch.no_grad()` if no gradients are wanted. Gradients
+        of one's own metrics: `cache.gradients(metric)`.
         """
         wanted = hook_names.resolve(names_filter, list(self._points))
         steps = self._check_steps(at_steps)
-        inputs, raw = self.prepare_raw(obs)
+        if incl_bwd and (stop_at is not None or not torch.is_grad_enabled()):
+            raise ValueError("incl_bwd needs the whole run with gradients on: no stop_at, no torch.no_grad()")
+        if device is not None:
+            torch.empty(0, device=device)
+        inputs, raw = self.prepare_raw(obs, unnorm_key)
         if max_bytes is not None:
             self._cache_size(inputs, wanted, steps, dtype, max_bytes)
-        recorder = Recorder(device, dtype, clone, detect_inplace)
+        recorder = Recorder(device, dtype, clone, detect_inplace, gradients=bool(incl_bwd))
         attached = [self._attach(wanted, recorder.listen, CAPTURE, steps)]
         if incl_bwd:
-            attached.append(self._attach(wanted, lambda _: recorder.keep_gradient, GRADIENT, steps))
+            # makes every point and step a node of its own in the graph, whose gradient is then asked for
+            attached.append(self._attach(wanted, lambda _: _watch, GRADIENT, steps))
         if stop_at is not None:
             attached.append(self._attach(stop_at, lambda _: _stop, CAPTURE, steps))
         actions = None
         try:
-            actions = self._run(inputs, raw, noise)
-            if incl_bwd:
-                metric = incl_bwd(actions) if callable(incl_bwd) else actions.chunk.sum()
-                metric.backward()
+            with self.running(inputs):
+                segments = self.run_state.segments.settle()
+                actions = self.act(inputs, noise, raw, unnorm_key)
         except _Stop:
             pass
         finally:
             for hook in attached:
                 hook.remove()
         missing = [name for name in wanted if name not in recorder.parts]
-        if missing and (stop_at is None or names_filter is not None):
+        if stop_at is not None:
+            missing = [name for name in missing if name in _literal_names(names_filter, self._points)]
+        if missing:
             raise RuntimeError(f"asked to be cached but never fired: {missing[:10]} ({len(missing)} points)")
         recorder.check_inplace()
+        if incl_bwd:
+            assert actions is not None
+            recorder.take_gradients(incl_bwd(actions) if callable(incl_bwd) else actions.chunk.sum())
+            unreached = [name for name in _literal_names(names_filter, self._points) if name not in recorder.gradients]
+            if unreached:
+                raise RuntimeError(f"no gradient reaches {unreached}")
         cached_steps = range(self.n_denoise_steps) if steps is None else sorted(steps)
-        cache = recorder.finish(self._points, list(cached_steps), inputs.batch_size, self.run_state.segments)
-        return actions, cache
+        return actions, recorder.finish(self._points, list(cached_steps), inputs.batch_size, segments)
 
     def cache_size(
         self,
@@ -280,13 +305,14 @@ class HookedModel(nn.Module):
         at_steps: Sequence[int] | None = None,
         dtype: torch.dtype | None = None,
         max_bytes: int | None = None,
+        unnorm_key: str | None = None,
     ) -> int:
         """Bytes that `run_with_cache` would hold, from shapes alone.
 
         Raises MemoryError when that is more than max_bytes.
         """
         wanted = hook_names.resolve(names_filter, list(self._points))
-        return self._cache_size(self.prepare(obs), wanted, self._check_steps(at_steps), dtype, max_bytes)
+        return self._cache_size(self.prepare(obs, unnorm_key), wanted, self._check_steps(at_steps), dtype, max_bytes)
 
     def _cache_size(
         self,
@@ -336,6 +362,7 @@ class HookedModel(nn.Module):
     def _check_steps(self, at_steps: Sequence[int] | None) -> frozenset[int] | None:
         if at_steps is None:
             return None
+        at_steps = [at_steps] if isinstance(at_steps, int) else [int(step) for step in at_steps]
         outside = [step for step in at_steps if not 0 <= step < self.n_denoise_steps]
         if outside or not at_steps:
             raise ValueError(f"at_steps {list(at_steps)}: this model's denoise steps are 0..{self.n_denoise_steps - 1}")
@@ -344,6 +371,16 @@ class HookedModel(nn.Module):
 
 def _stop(value: Tensor, point: HookPoint) -> None:
     raise _Stop
+
+
+def _watch(gradient: Tensor, point: HookPoint) -> None:
+    """A gradient listener that changes nothing."""
+
+
+def _literal_names(names_filter: NamesFilter, points: Container[str]) -> list[str]:
+    """The points that a filter asks for by name rather than by pattern."""
+    listed = [names_filter] if isinstance(names_filter, str) else names_filter
+    return [each for each in listed if each in points] if isinstance(listed, list | tuple) else []
 
 
 def _check_fired(attached: Sequence[Hook]) -> None:
@@ -356,8 +393,12 @@ def _check_fired(attached: Sequence[Hook]) -> None:
 
 def _name_points(net: nn.Module, run: Run) -> dict[str, HookPoint]:
     points = {}
+    own_stream: dict[str, str] = {}
     for path, module in net.named_modules():
         axis_streams: Mapping[str, str] = getattr(module, "axis_streams", {})
+        # a module whose `stream` names a token stream other than its pathway's speaks for all modules inside it
+        around = own_stream.get(path.rpartition(".")[0], "")
+        own_stream[path] = getattr(module, "stream", around)
         for attribute, point in vars(module).items():
             if not isinstance(point, HookPoint):
                 continue
@@ -366,15 +407,18 @@ def _name_points(net: nn.Module, run: Run) -> dict[str, HookPoint]:
             way = hook_names.pathway(point.name)
             if way in _IMAGE_ROWS:
                 point.axes = tuple("image" if axis == "batch" else axis for axis in point.axes)
-            token_axes = [axis for axis in point.axes if axis in TOKEN_AXES]
-            point.streams = {axis: axis_streams.get(axis, point.stream or way) for axis in token_axes}
+            own = point.stream or own_stream[path] or way
+            point.streams = {axis: axis_streams.get(axis, own) for axis in point.axes if axis in TOKEN_AXES}
             points[point.name] = point
     return points
 
 
 def _stream_dtype(part: nn.Module) -> torch.dtype:
-    """Dtype of a pathway's residual stream: that of its blocks, since embeddings and heads may be float32 islands."""
-    parameter = next(getattr(part, "blocks", part).parameters(), None)
+    """Dtype of a pathway's residual stream: that of its blocks' first query projection, or first parameter where
+    there is none, since embeddings, norms and heads may be float32 islands."""
+    parameters = dict(getattr(part, "blocks", part).named_parameters())
+    queries = [parameter for name, parameter in parameters.items() if name.endswith("q_proj.weight")]
+    parameter = next(iter([*queries, *parameters.values()]), None)
     return torch.float32 if parameter is None else parameter.dtype
 
 
@@ -394,5 +438,8 @@ def _axis_size(axis: str, name: str, owners: Mapping[str, nn.Module]) -> int | s
 
 def _runtime_size(axis: str, point: HookPoint, sizes: Mapping[str, Sequence[int]], batch_size: int) -> int:
     if axis in ROW_AXES:
-        return batch_size if axis == "batch" else sizes[point.pathway][0]
+        rows = next(iter(point.streams.values())) if axis == "window" else point.pathway
+        # a tower for one camera sees fewer images than the whole pathway
+        rows = point.stream if axis == "image" and point.stream in sizes else rows
+        return batch_size if axis == "batch" else sizes[rows][0]
     return sum(sizes[stream][1] for stream in point.streams[axis].split("+"))

@@ -14,6 +14,8 @@ PATHWAYS = {
     "vision": "image encoder; one row per camera image",
     "connector": "map from image features to language-model tokens",
     "vlm": "language model over the prefix: image, language and state tokens; runs once per chunk",
+    "encoder": "transformer over observation tokens in a policy without language; runs once per chunk",
+    "adapter": "layers between the vlm's features and the expert that reads them; runs once per chunk",
     "expert": "action expert; runs once per denoise step",
     "decode": "the vlm's weights over tokens that the model generates, one at a time after the prefix",
     "head": "what turns the expert's last outputs into an action chunk",
@@ -35,24 +37,85 @@ MODULES = {
     "ln1": "norm before attention",
     "ln2": "norm before the MLP",
     "ln_final": "norm after the last block",
+    "ln_cross": "norm before cross-attention, in blocks that have self-attention too",
+    "ln_cross_post": "norm after cross-attention has been added to the residual stream (post-norm blocks)",
+    "ln_pre": "norm before the first block",
+    "ln_in": "norm of a stage's input, before its convolution",
+    "ln1_post": "norm after attention has been added to the residual stream (post-norm blocks)",
+    "ln2_post": "norm after the MLP has been added to the residual stream (post-norm blocks)",
+    "ln_out": "norm of a connector's output",
+    "stages": "stages of a convolutional tower, each with a width and a grid of its own, numbered from 0",
+    "spatial": "first half of a two-part block: attention between tokens, inside windows",
+    "channel": "second half of a two-part block: attention between channels, over all tokens",
+    "q_norm": "norm of every head's queries, before rotary positions",
+    "k_norm": "norm of every head's keys, before rotary positions",
+    "dino": "DINOv2's image tower, where there are several",
+    "siglip": "SigLIP's image tower, where there are several",
+    "ls1": "learned factor of each channel on attention's output (LayerScale)",
+    "ls2": "learned factor of each channel on the MLP's output (LayerScale)",
+    "film": "channels of the residual stream scaled and shifted by what a vector says (FiLM)",
+    "layers": "hidden layers of an MLP, numbered from 0",
+    "head": "what turns the expert's outputs into its prediction, where that runs at every denoise step",
+    "towers": "encoders of one camera each, numbered in camera order from 0",
+    "pool": "spatial softmax over a feature map",
+    "down": "downward levels of a U-Net, each with half the steps of the one before, numbered from 0; two blocks each",
+    "mid": "bottom of a U-Net: two blocks",
+    "up": "upward levels of a U-Net, numbered from 0 at the bottom; two blocks each",
+    "deepstack": "maps from intermediate vision layers to language-model layers, numbered from 0",
 }
 
 LEAVES = {
     "hook_patch_embed": "patch embedding of the image, before positions",
-    "hook_pos_embed": "position embedding added to the patches",
+    "hook_pos_embed": "position embedding added to the patches; encoder–decoders: to the queries and keys of every layer",
     "hook_tokens": "input of the stream's first block",
+    "hook_concat": "features of several image towers, their channels one after the other",
+    "hook_unscaled": "output of attention or the MLP before its factors (LayerScale)",
+    "hook_gamma": "FiLM: the residual stream is multiplied by 1 + this",
+    "hook_beta": "FiLM: added after the factor",
+    "hook_in": "what the head reads: hidden states of the action tokens, those of one step side by side",
     "hook_shuffled": "image features after space-to-depth",
-    "hook_out": "image tokens as the connector hands them over",
+    "hook_pooled": "mean of the image features over all places, a token of its own",
+    "hook_out": "image tokens as the connector hands them over; expert: its tokens as the action decoder reads them",
+    "hook_embed": "token embeddings, before image tokens take their places",
     "hook_embed_image": "image tokens, scaled as they enter the prefix",
     "hook_embed_language": "language token embeddings, scaled as they enter the prefix",
-    "hook_embed_state": "state token as it enters the prefix",
+    "hook_embed_state": "state token as it enters the prefix, or the expert",
+    "hook_embed_future": "learned tokens that enter the expert beside state and actions",
+    "hook_embed_action": "action tokens, time included, as they enter the expert",
+    "hook_embed_vlm": "outputs of the vlm as they enter the expert as tokens",
+    "hook_embed_aux": "image tokens that bypass the vlm, as they enter the expert",
+    "hook_soft_prompts": "learned tokens of the row's domain, last in the expert",
+    "hook_latent": "latent variable of the demonstrator's style; 0 unless edited",
+    "hook_embed_latent": "token of the latent variable",
+    "hook_embed_environment": "token of the environment state",
+    "hook_conv1": "residual convolution block: after its first convolution, with norm and activation",
+    "hook_conv2": "residual convolution block: after its second convolution, with norm, before the shortcut is added",
+    "hook_film_scale": "FiLM: the hidden map is multiplied by this (no 1 +)",
+    "hook_film_shift": "FiLM: added after the scale",
+    "hook_modulated": "residual convolution block: hidden map after FiLM, input of the second convolution",
+    "hook_with_skip": "U-Net: input of an upward level, features from below and then the skip's channels",
+    "hook_heatmap": "softmax of a keypoint's map over the positions of the image",
+    "hook_keypoints": "position (x, y) of each keypoint, -1..1 from left to right and top to bottom",
     "hook_resid_pre": "residual stream entering the block",
-    "hook_resid_mid": "residual stream between attention and MLP",
-    "hook_resid_post": "residual stream leaving the block",
+    "hook_resid_mid": "residual stream between attention and MLP (post-norm blocks: after the norm)",
+    "hook_resid_post": "residual stream leaving the block (post-norm blocks: after the norm)",
+    "hook_pre_ln1": "post-norm blocks: residual stream plus attention's output, before the norm",
+    "hook_cross_attn_out": "output of cross-attention, added to the residual stream",
+    "hook_resid_mid_cross": "residual stream between cross-attention and MLP (post-norm blocks: after the norm)",
+    "hook_pre_ln_cross": "post-norm blocks: residual stream plus cross-attention's output, before the norm",
+    "hook_pre_ln2": "post-norm blocks: residual stream plus the MLP's output, before the norm",
+    "hook_conv1_out": "output of the depthwise convolution before attention, added to the residual stream",
+    "hook_conv2_out": "output of the depthwise convolution before the MLP, added to the residual stream",
     "hook_attn_out": "output of attention, added to the residual stream",
     "hook_mlp_out": "output of the MLP, added to the residual stream",
     "hook_scale": "the norm's divisor: standard deviation or root mean square",
     "hook_normalized": "output of the norm",
+    "hook_ada_scale": "adaptive norm: the normed input is multiplied by 1 + this",
+    "hook_ada_shift": "adaptive norm: added after the scale",
+    "hook_ada_gate": "adaptive norm: what its sublayer makes is multiplied by this before it is added",
+    "hook_attn_ungated": "output of attention before its gate; hook_attn_out is after it",
+    "hook_mlp_ungated": "output of the MLP before its gate; hook_mlp_out is after it",
+    "hook_deepstack": "intermediate vision features added to the block's output at image tokens, 0 elsewhere",
     "hook_q": "queries before rotary positions",
     "hook_k": "keys before rotary positions (cross-attention: projected from the prefix keys)",
     "hook_v": "values (cross-attention: projected from the prefix values)",
@@ -67,11 +130,24 @@ LEAVES = {
     "hook_pre_linear": "gated MLP: the linear branch that the activated gate multiplies",
     "hook_post": "MLP hidden activation, input of the output projection",
     "hook_noisy_actions": "action chunk being denoised, as this step begins; an edit carries on",
+    "hook_state": "proprioceptive state as the expert reads it",
+    "hook_clean_actions": "clean action chunk that the expert predicts, from which the next step begins",
     "hook_time": "embedding of the denoising time",
+    "hook_condition": "what conditions the expert's layers: the time after its MLP; U-Net: everything seen, without time",
     "hook_velocity": "predicted velocity of the action chunk",
+    "hook_noise": "predicted noise of the action chunk",
     "hook_logits": "scores of every token of the vocabulary as the next one, at the last position",
     "hook_action_tokens": "ids of the generated tokens",
     "hook_actions": "the finished, normalised action chunk at its padded width",
+}
+
+# points that hold a norm's output where their module has that norm
+_NORMED = {
+    "hook_tokens": "ln_pre",
+    "hook_resid_mid": "ln1_post",
+    "hook_resid_mid_cross": "ln_cross_post",
+    "hook_resid_post": "ln2_post",
+    "hook_out": "ln_out",
 }
 
 NamesFilter = None | str | re.Pattern[str] | Iterable["NamesFilter"] | Callable[[str], bool]
@@ -112,11 +188,18 @@ def meaning(name: str) -> str:
 
 def same_tensor_as(name: str) -> str | None:
     """The earlier point that holds the very same tensor as `name` when no hook edits in between, if there is one."""
+    place = name.rpartition(".")[0]
+    if leaf(name) in _NORMED:
+        return f"{place}.{_NORMED[leaf(name)]}.hook_normalized"
     number = layer(name)
     if number is None:
         return None
     if leaf(name) == "hook_resid_pre":
+        if place.endswith(".channel"):
+            return f"{place.removesuffix('channel')}spatial.hook_resid_post"
         start = name.split(".blocks.")[0]
+        if place.endswith(".spatial") and number:
+            return f"{start}.blocks.{number - 1}.channel.hook_resid_post"
         return f"{start}.blocks.{number - 1}.hook_resid_post" if number else f"{start}.hook_tokens"
     if leaf(name) == "hook_prefix_k":
         return f"vlm.blocks.{number}.attn.hook_rot_k"

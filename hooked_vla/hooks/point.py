@@ -4,7 +4,7 @@ A HookPoint is a plain object, not an nn.Module: calling one that nobody listens
 microsecond, it never shows in a state_dict, and torch.compile goes through it without a graph break.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,13 +21,23 @@ class SegmentTable:
     """Segments of every token stream of one forward pass, made on first use; "a+b" is stream a followed by b."""
 
     def __init__(self, make: Callable[[], Mapping[str, Segments]]) -> None:
-        self._make = make
+        self._make: Callable[[], Mapping[str, Segments]] | None = make
         self._made: dict[str, Segments] = {}
 
+    def settle(self) -> "SegmentTable":
+        """Make the segments now, and let go of the inputs that they are made from."""
+        if self._make is not None:
+            self._made, self._make = dict(self._make()), None
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.settle().__dict__
+
     def __getitem__(self, stream: str) -> Segments:
-        """Raises KeyError for a stream that the model does not have."""
+        """Raises KeyError for a stream that the model does not have, or outside a forward pass."""
+        self.settle()
         if not self._made:
-            self._made = dict(self._make())
+            raise KeyError(f"token segments of {stream!r} are known while the model runs, and in the cache of a run")
         if stream not in self._made and "+" in stream:
             first, second = stream.split("+", 1)
             self._made[stream] = Segments.concatenate(self[first], self[second])
@@ -47,10 +57,15 @@ class Run:
         self.env_step: int | None = None
         self.segments = SegmentTable(dict)
 
-    def begin(self, make_segments: Callable[[], Mapping[str, Segments]]) -> None:
-        """Forget the previous forward pass."""
-        self.denoise_step = None
-        self.segments = SegmentTable(make_segments)
+    def begin(self, make_segments: Callable[[], Mapping[str, Segments]]) -> tuple[int | None, SegmentTable]:
+        """Start a forward pass; returns what `end` restores, so that a hook may run the model itself."""
+        outer = self.denoise_step, self.segments
+        self.denoise_step, self.segments = None, SegmentTable(make_segments)
+        return outer
+
+    def end(self, outer: tuple[int | None, SegmentTable]) -> None:
+        """Return to the state before `begin`; nothing of the inputs is held on to."""
+        self.denoise_step, self.segments = outer
 
 
 # Listeners at one point run in this order: edits see the value first, captures last.
@@ -141,34 +156,47 @@ class HookPoint:
         self.listeners = tuple(each for each in self.listeners if each is not listener)
 
     def _visit(self, value: Tensor) -> Tensor:
-        if self.reused and self.listeners[0].order == EDIT:
-            value = value.clone()
         step = self.run.denoise_step
-        for listener in self.listeners:
-            if listener.at_steps is not None and step not in listener.at_steps:
-                continue
-            if listener.order == GRADIENT:
+        now = [each for each in self.listeners if each.at_steps is None or step in each.at_steps]
+        edits = [each for each in now if each.order == EDIT]
+        if edits:
+            value = self._edit(value, edits)
+        watches = [each for each in now if each.order == GRADIENT]
+        if watches and value.requires_grad:
+            # a node of its own in the backward graph: the tensor itself may pass several points or steps
+            value = value.view_as(value)
+            for listener in watches:
                 self._watch_gradient(value, listener)
-                continue
+        for listener in now[len(edits) + len(watches) :]:
             listener.fired = True
-            result = self._call(listener.fn, value)
-            if result is not None and listener.order == EDIT:
-                self._check(result, value)
-                value = result
+            self._call(listener.fn, value)
         return value
 
+    def _edit(self, value: Tensor, edits: Sequence[Listener]) -> Tensor:
+        original = value
+        # what is read again later must not change: hooks get a copy, used only if one of them changes it
+        spare = value.clone() if self.reused else value
+        value = spare
+        for listener in edits:
+            listener.fired = True
+            result = self._call(listener.fn, value)
+            if result is not None:
+                self._check(result, value)
+                value = result
+        untouched = self.reused and value is spare and not spare.is_inference() and spare._version == 0
+        return original if untouched else value
+
     def _watch_gradient(self, value: Tensor, listener: Listener) -> None:
-        if not value.requires_grad:
-            return
         listener.fired = True
-        step = self.run.denoise_step
+        step, segments = self.run.denoise_step, self.run.segments
 
         def on_gradient(gradient: Tensor) -> Tensor | None:
-            before, self.run.denoise_step = self.run.denoise_step, step
+            outer = self.run.denoise_step, self.run.segments
+            self.run.denoise_step, self.run.segments = step, segments
             try:
                 result = self._call(listener.fn, gradient)
             finally:
-                self.run.denoise_step = before
+                self.run.end(outer)
             if result is not None:
                 self._check(result, gradient)
             return result

@@ -1,11 +1,11 @@
 """Sizes of a checkpoint, read from its tensors' shapes; what shapes cannot say comes from named configuration."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hooked_vla.spec import DecoderSpec, VisionSpec
+from hooked_vla.spec import DecoderSpec, ResNetSpec, VisionSpec
 
 
 def layer_count(checkpoint: Any, prefix: str) -> int:
@@ -74,4 +74,25 @@ def siglip_from_shapes(
         d_mlp=checkpoint.shape(prefix + "encoder.layers.0.mlp.fc1.weight")[0],
         act=given.get("act", named.get("hidden_act", base.act)),
         eps=given.get("eps", named.get("layer_norm_eps", base.eps)),
+    )
+
+
+def resnet_from_shapes(base: ResNetSpec, checkpoint: Any, prefix: str, stages: Sequence[str], norm: str) -> ResNetSpec:
+    """Sizes of a ResNet whose keys start with `prefix`, its stages named `stages`; image size from config.json.
+
+    Raises ValueError for a ResNet of bottleneck blocks (ResNet-50 and deeper) and for cameras of several sizes.
+    """
+    if f"{prefix}{stages[0]}.0.conv3.weight" in checkpoint.tensors:
+        raise ValueError(f"{prefix}: bottleneck blocks (ResNet-50 and deeper) are not supported, only ResNet-18 and -34")
+    inputs = checkpoint.config["input_features"]
+    sizes = {tuple(each["shape"][1:]) for each in inputs.values() if each["type"] == "VISUAL"}
+    if len(sizes) != 1:
+        raise ValueError(f"all cameras need one image size; config.json has {sorted(sizes)}")
+    first, second, third, fourth = (f"{prefix}{stage}." for stage in stages)
+    return replace(
+        base,
+        image_size=sizes.pop(),
+        widths=tuple(checkpoint.shape(f"{stage}0.conv1.weight")[0] for stage in (first, second, third, fourth)),
+        n_blocks=tuple(layer_count(checkpoint, stage) for stage in (first, second, third, fourth)),
+        norm=norm,
     )

@@ -29,7 +29,7 @@ from hooked_vla.components.rope import Rotation, rotation
 from hooked_vla.components.vit import ViT
 from hooked_vla.hooks.point import HookPoint, Run
 from hooked_vla.inputs import ACTION, LANGUAGE, PAD, SPECIAL, STATE, Draws, Segments, VLAInputs, image_segment
-from hooked_vla.lerobot import read_features, write_features
+from hooked_vla.lerobot import positive, read_features, write_features
 from hooked_vla.models.network import Network
 from hooked_vla.models.sizes import decoder_from_shapes, layer_count, siglip_from_shapes, text_sizes
 from hooked_vla.spec import DecoderSpec, ExpertSpec, FlowSpec, FlowVLASpec, PrefixSpec
@@ -308,6 +308,10 @@ def read_spec(base: FlowVLASpec, checkpoint: Any) -> FlowVLASpec:
     for option, harmless in _UNSUPPORTED.items():
         if config.get(option, harmless) != harmless:
             raise ValueError(f"config.json sets {option}={config[option]!r}, which is not supported")
+    if (config.get("rtc_config") or {}).get("enabled"):
+        raise ValueError("config.json enables rtc_config (real-time chunking), which is not supported")
+    if config.get("n_action_steps", 1) > config.get("chunk_size", base.flow.chunk):
+        raise ValueError(f"config.json: n_action_steps {config['n_action_steps']} is more than chunk_size")
     geometry = checkpoint.json("geometry.json") or {}
     named = checkpoint.json(f"{config.get('vlm_model_name', '')}/config.json") or {}
     shapes = checkpoint.shape
@@ -333,12 +337,12 @@ def read_spec(base: FlowVLASpec, checkpoint: Any) -> FlowVLASpec:
         vlm=vlm,
         expert=ExpertSpec(expert, _schedule(config, expert.n_layers)),
         flow=FlowSpec(
-            n_steps=config.get("num_steps", base.flow.n_steps),
-            chunk=config.get("chunk_size", base.flow.chunk),
+            n_steps=positive(config, "num_steps", base.flow.n_steps),
+            chunk=positive(config, "chunk_size", base.flow.chunk),
             d_action=shapes("model.action_in_proj.weight")[1],
             d_state=shapes("model.state_proj.weight")[1],
-            min_period=config.get("min_period", base.flow.min_period),
-            max_period=config.get("max_period", base.flow.max_period),
+            min_period=positive(config, "min_period", base.flow.min_period, float),
+            max_period=positive(config, "max_period", base.flow.max_period, float),
         ),
         prefix=_read_prefix(base, checkpoint, geometry.get("prefix", {}), vlm.d_vocab),
         features=read_features(config, base.features),
@@ -348,7 +352,6 @@ def read_spec(base: FlowVLASpec, checkpoint: Any) -> FlowVLASpec:
 def write_config(spec: FlowVLASpec) -> dict[str, Any]:
     """A LeRobot config.json for a network that no checkpoint was read for."""
     width, height = spec.features.resize or (spec.vision.image_size, spec.vision.image_size)
-    every = 2 if "cross" in spec.expert.schedule else -1
     return {
         "type": spec.config_type,
         "n_obs_steps": 1,
@@ -359,8 +362,8 @@ def write_config(spec: FlowVLASpec) -> dict[str, Any]:
         "num_steps": spec.flow.n_steps,
         "num_vlm_layers": spec.vlm.n_layers,
         "num_expert_layers": -1,
-        "attention_mode": "cross_attn" if every > 0 else "self_attn",
-        "self_attn_every_n_layers": every,
+        "attention_mode": "cross_attn" if "cross" in spec.expert.schedule else "self_attn",
+        "self_attn_every_n_layers": _self_attn_every(spec.expert.schedule),
         "expert_width_multiplier": spec.expert.decoder.d_model / spec.vlm.d_model,
         "add_image_special_tokens": bool(spec.prefix.image_start),
         "prefix_length": spec.prefix.min_length,
@@ -374,6 +377,13 @@ def _schedule(config: Mapping[str, Any], n_layers: int) -> tuple[str, ...]:
     if "cross" not in config.get("attention_mode", "cross_attn"):
         return ("joint",) * n_layers
     return tuple("joint" if every > 0 and i % every == 0 else "cross" for i in range(n_layers))
+
+
+def _self_attn_every(schedule: tuple[str, ...]) -> int:
+    for every in (-1, *range(1, len(schedule) + 1)):
+        if _schedule({"self_attn_every_n_layers": every}, len(schedule)) == schedule:
+            return every
+    raise ValueError(f"no self_attn_every_n_layers gives the schedule {schedule}")
 
 
 def _connector_scale(shapes: Any) -> int:

@@ -1,5 +1,9 @@
 """The cache: what it holds, how it is cut, saved and kept safe."""
 
+import gc
+import pickle
+import weakref
+
 import pytest
 import torch
 from conftest import make_observation
@@ -199,3 +203,77 @@ def test_clone_protects_and_detection_finds_in_place_edits(
             with pytest.raises(RuntimeError, match=rf"changed in place.*{before}"):
                 tiny_model.run_with_cache(observation, [before, after], noise=noise, detect_inplace=True)
         tiny_model.run_with_cache(observation, noise=noise, detect_inplace=True)
+
+
+def test_a_kept_tensor_keeps_neither_model_nor_inputs_alive(noise: Tensor) -> None:
+    model = HookedVLA.from_spec("smolvla", size="tiny")
+    inputs = model.prepare(make_observation())
+    with torch.no_grad():
+        kept = model.run_with_cache(inputs, RESID, noise=noise)[1][RESID]
+    alive = weakref.ref(model), weakref.ref(inputs.images)
+    del model, inputs
+    gc.collect()
+    assert [each() for each in alive] == [None, None]
+    assert kept.segment("state").shape == (2, 1, 64)
+
+
+@pytest.mark.parametrize("options", [{"dtype": torch.float16}, {"clone": True}, {}])
+def test_estimates_hold_with_conversions_and_onlookers(
+    options: dict, tiny_model: HookedVLA, observation: Observation, noise: Tensor
+) -> None:
+    for names_filter in ("expert.*.hook_prefix_k", None, "*.cross_attn.*"):
+        expected = tiny_model.cache_size(observation, names_filter, dtype=options.get("dtype"))
+        with torch.no_grad(), tiny_model.hooks([("expert.*", lambda value, hook: None)]):
+            cache = tiny_model.run_with_cache(observation, names_filter, noise=noise, **options)[1]
+        assert cache.nbytes == expected
+
+
+def test_vision_segments_are_cut_by_camera(cache: ActivationCache) -> None:
+    pattern = cache["vision.blocks.0.attn.hook_pattern"]
+    both = pattern.segment({"query": "image:wrist", "key": "image:wrist"})
+    assert torch.equal(both, pattern[1::2])
+    with pytest.raises(ValueError, match="no rows whose tokens could differ"):
+        cache["vision.hook_pos_embed"].segment("image:agent")
+
+
+def test_layers_count_from_the_model_and_not_from_what_is_cached(
+    tiny_model: HookedVLA, observation: Observation, noise: Tensor, cache: ActivationCache
+) -> None:
+    assert torch.equal(cache.decompose_resid("vlm", -1)[0], cache.decompose_resid("vlm")[0])
+    assert torch.equal(cache.accumulated_resid("vlm", -1), cache.accumulated_resid("vlm"))
+    with pytest.raises(ValueError, match=r"layer 9: vlm has blocks 0\.\.3"):
+        cache.decompose_resid("vlm", 9)
+    with torch.no_grad():
+        _, early = tiny_model.run_with_cache(observation, ["vlm.hook_tokens", "vlm.blocks.[01].*"], noise=noise)
+    with pytest.raises(KeyError, match=r"vlm.blocks.2.hook_attn_out"):
+        early.decompose_resid("vlm")
+    stacked = cache.stack("vlm.blocks.[01].hook_resid_*")
+    order = [f"vlm.blocks.{i}.hook_resid_{at}" for i in (0, 1) for at in ("pre", "mid", "post")]
+    assert torch.equal(stacked, torch.stack([cache[name] for name in order]))
+
+
+def test_rows_by_number_mask_and_negative_number(cache: ActivationCache) -> None:
+    assert torch.equal(cache.rows(1)[RESID], cache[RESID][1:])
+    assert torch.equal(cache.rows(-1)[RESID], cache[RESID][1:])
+    assert torch.equal(cache.rows([True, False])[RESID], cache[RESID][:1])
+    with pytest.raises(IndexError, match=r"rows \[2\]: the cache has rows 0\.\.1"):
+        cache.rows([2])
+    some = cache.denoise_steps(0)
+    assert some["expert.hook_velocity"].shape[0] == 1 and some.nbytes < cache.nbytes
+
+
+def test_caches_hold_what_was_and_can_be_pickled(
+    tiny_model: HookedVLA, observation: Observation, noise: Tensor
+) -> None:
+    mine = noise.clone()
+    with torch.no_grad():
+        actions, cache = tiny_model.run_with_cache(observation, ["expert.hook_noisy_actions", "head.*"], noise=mine)
+    finished = cache["head.hook_actions"].clone()
+    mine.zero_()
+    actions.chunk.zero_()
+    assert torch.equal(cache["expert.hook_noisy_actions"][0], noise)
+    assert torch.equal(cache["head.hook_actions"], finished)
+    again = pickle.loads(pickle.dumps(cache))
+    assert torch.equal(again["head.hook_actions"], finished)
+    model = pickle.loads(pickle.dumps(tiny_model))
+    assert torch.equal(model(observation, noise).chunk, tiny_model(observation, noise).chunk)

@@ -250,3 +250,74 @@ def test_results_do_not_depend_on_earlier_observations(tiny_model: HookedVLA, no
     alone = tiny_model(second, noise).chunk
     tiny_model(first, noise)
     assert torch.equal(tiny_model(second, noise).chunk, alone)
+
+
+def test_sample_actions_knows_its_own_inputs(tiny_model: HookedVLA, noise: Tensor) -> None:
+    """Also right after a run on other instructions."""
+    lengths = []
+    look = (RESID, lambda value, hook: lengths.append(hook.segments.mask("language").sum(1).tolist()))
+    tiny_model(make_observation(instruction=["a", "bb"]), noise)
+    with tiny_model.hooks([look]):
+        tiny_model.sample_actions(tiny_model.prepare(make_observation(instruction=["cc", "dddd"])), noise)
+    assert lengths == [[3, 5]]
+    with pytest.raises(RuntimeError, match="never fired"), tiny_model.hooks(bwd_hooks=[look]), torch.no_grad():
+        tiny_model.sample_actions(tiny_model.prepare(make_observation()), noise)
+
+
+def test_a_hook_may_run_the_model_itself(tiny_model: HookedVLA, observation: Observation, noise: Tensor) -> None:
+    steps, inner = [], make_observation(seed=5, instruction=["x", "y"])
+
+    def run_inside(value: Tensor, hook) -> None:
+        if hook.denoise_step == 1 and len(steps) == 1:
+            steps.append("inside")
+            tiny_model.add_hook("head.hook_actions", lambda v, h: None).remove()
+            with tiny_model.hooks():
+                other.append(tiny_model(inner, noise).chunk)
+        steps.append(hook.denoise_step)
+        assert hook.segments.labels.shape[1] == value.shape[1]
+
+    other = []
+    with torch.no_grad():
+        expected = tiny_model(observation, noise).chunk
+        alone = tiny_model(inner, noise).chunk
+        actions = tiny_model.run_with_hooks(observation, [(EXPERT, run_inside)], noise=noise)
+    assert torch.equal(actions.chunk, expected) and torch.equal(other[0], alone)
+    assert steps == [0, "inside", 0, 1, 2, 3, 1, 2, 3]
+
+
+def test_stop_at_with_a_glob_caches_what_came_before(
+    tiny_model: HookedVLA, observation: Observation, noise: Tensor
+) -> None:
+    _, cache = tiny_model.run_with_cache(observation, "vlm.*.hook_resid_post", noise=noise, stop_at=RESID)
+    assert list(cache) == ["vlm.blocks.0.hook_resid_post", RESID]
+
+
+def test_prepared_inputs_give_the_same_actions(tiny_model: HookedVLA, observation: Observation, noise: Tensor) -> None:
+    inputs = tiny_model.prepare(observation)
+    assert inputs.raw and torch.equal(tiny_model(inputs, noise).chunk, tiny_model(observation, noise).chunk)
+    assert not inputs.rows([0]).rows([0]).images.shape[0] > 1
+
+
+def test_changing_dtype_keeps_the_float32_islands(observation: Observation, noise: Tensor) -> None:
+    model = HookedVLA.from_spec("smolvla", size="tiny")
+    loaded = HookedVLA.from_spec("smolvla", size="tiny", dtype="bfloat16")
+    before = model.net.expert.action_in_proj.weight.clone()
+    model.to(torch.bfloat16)
+    assert model.net.vlm.embed.weight.dtype == torch.bfloat16
+    assert torch.equal(model.net.expert.action_in_proj.weight, before)
+    assert torch.equal(model(observation, noise).chunk, loaded(observation, noise).chunk)
+    with pytest.raises(ValueError, match="floating-point torch dtype or its name, got 'int32'"):
+        HookedVLA.from_spec("smolvla", size="tiny", dtype="int32")
+
+
+def test_queued_actions_are_for_one_batch_size(tiny_model: HookedVLA, noise: Tensor) -> None:
+    tiny_model.select_action(make_observation(), noise)
+    with pytest.raises(ValueError, match="queued actions are for 2 rows, the batch has 3"):
+        tiny_model.select_action(make_observation(batch=3))
+    tiny_model.reset()
+    assert tiny_model.select_action(make_observation(batch=3)).shape == (3, 4)
+
+
+def test_segments_live_where_the_model_does(tiny_model: HookedVLA, observation: Observation) -> None:
+    segments = tiny_model.segments(tiny_model.prepare(observation))
+    assert {each.labels.device for each in segments.values()} == {tiny_model.device}

@@ -41,6 +41,6 @@ def test_filters_that_select_nothing_are_errors() -> None:
 
 def test_names_outside_the_vocabulary_have_no_meaning() -> None:
     assert names.meaning("expert.blocks.1.cross_attn.hook_prefix_k")
-    for wrong in ("llm.blocks.0.hook_q", "vlm.blocks.0.hook_query", "vlm.layers.0.hook_q"):
+    for wrong in ("llm.blocks.0.hook_q", "vlm.blocks.0.hook_query", "vlm.nonsense.0.hook_q"):
         with pytest.raises(KeyError, match="vocabulary"):
             names.meaning(wrong)

@@ -25,7 +25,9 @@ from unittest import mock
 
 import torch
 
-from hooked_vla.spec import DecoderSpec, VisionSpec
+from hooked_vla import HookedVLA
+from hooked_vla.lerobot import image_key
+from hooked_vla.spec import DecoderSpec, FlowVLASpec, VisionSpec
 
 VERSION = "0.6.1"
 
@@ -81,7 +83,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
             super().exec_module(module)
             return
         for name in parameters:
-            setattr(module, name, TypeVar(name))
+            setattr(module, name, TypeVar(name))  # pyright: ignore[reportGeneralTypeIssues]
         exec(compile(source, self.path, "exec", dont_inherit=True), vars(module))
 
 
@@ -127,9 +129,7 @@ def _let_torchvision_import() -> None:
 FAKE_IMAGE_TOKEN, GLOBAL_IMAGE_TOKEN = 121, 122
 
 
-def vlm_config(
-    vision: VisionSpec, text: DecoderSpec, scale: int, text_extra: Mapping[str, Any] | None = None
-) -> Any:
+def vlm_config(vision: VisionSpec, text: DecoderSpec, scale: int, text_extra: Mapping[str, Any] | None = None) -> Any:
     """transformers' configuration of a SmolVLM of these sizes."""
     smolvlm = importlib.import_module("transformers").SmolVLMConfig
     text_config = {
@@ -157,22 +157,27 @@ def _without_hub(vlm: Any, expert_d_mlp: int | None) -> Iterator[None]:
     network: Any = importlib.import_module(_NETWORK)
     special = SimpleNamespace(fake_image_token_id=FAKE_IMAGE_TOKEN, global_image_token_id=GLOBAL_IMAGE_TOKEN)
     processor = SimpleNamespace(tokenizer=special)
+    d_mlp = network.get_intermediate_size if expert_d_mlp is None else lambda *_: expert_d_mlp
     with (
         mock.patch.object(network, "AutoConfig", SimpleNamespace(from_pretrained=lambda *_, **__: vlm)),
         mock.patch.object(network, "AutoProcessor", SimpleNamespace(from_pretrained=lambda *_, **__: processor)),
-        mock.patch.object(
-            network, "get_intermediate_size", network.get_intermediate_size if expert_d_mlp is None else lambda *_: expert_d_mlp
-        ),
+        mock.patch.object(network, "get_intermediate_size", d_mlp),
     ):
         yield
 
 
 def make_policy(
-    vlm: Any, cameras: Mapping[str, tuple[int, int]], d_state: int, d_action: int, seed: int = 0, **config: Any
+    vlm: Any,
+    cameras: Mapping[str, tuple[int, int]],
+    d_state: int,
+    d_action: int,
+    seed: int | None = 0,
+    expert_d_mlp: int | None = None,
+    **config: Any,
 ) -> Any:
-    """LeRobot's policy with every weight re-drawn; cameras: batch key -> (height, width).
+    """LeRobot's policy with random weights; cameras: batch key -> (height, width).
 
-    Default initialisation would hide errors: norms are 1 and biases 0.
+    seed: of the draw that replaces LeRobot's own (norms of 1 and biases of 0 would hide errors), None to keep that.
     """
     types: Any = importlib.import_module("lerobot.configs.types")
     visual = {key: types.PolicyFeature(types.FeatureType.VISUAL, (3, *size)) for key, size in cameras.items()}
@@ -186,10 +191,38 @@ def make_policy(
         vlm_model_name="./vlm",
         **config,
     )
-    with _without_hub(vlm, None):
+    with _without_hub(vlm, expert_d_mlp):
         policy: Any = importlib.import_module(_POLICY).SmolVLAPolicy(policy_config)
-    redraw(policy, seed)
+    if seed is not None:
+        redraw(policy, seed)
     return policy.eval()
+
+
+def policy_around(model: HookedVLA) -> Any:
+    """LeRobot's policy with the sizes of our model, sharing its weights."""
+    spec = model.spec
+    assert isinstance(spec, FlowVLASpec) and spec.features.resize is not None
+    width, height = spec.features.resize
+    policy = make_policy(
+        vlm_config(spec.vision, spec.vlm, spec.connector.scale),
+        {image_key(camera): (height, width) for camera in spec.features.cameras},
+        spec.features.d_state,
+        spec.features.d_action,
+        seed=None,
+        expert_d_mlp=spec.expert.decoder.d_mlp,
+        chunk_size=spec.flow.chunk,
+        n_action_steps=spec.features.n_action_steps,
+        max_state_dim=spec.flow.d_state,
+        max_action_dim=spec.flow.d_action,
+        num_steps=spec.flow.n_steps,
+        min_period=spec.flow.min_period,
+        max_period=spec.flow.max_period,
+        num_vlm_layers=spec.vlm.n_layers,
+        expert_width_multiplier=spec.expert.decoder.d_model / spec.vlm.d_model,
+        resize_imgs_with_padding=spec.features.resize,
+    )
+    policy.load_state_dict(model.public_state_dict(), strict=True, assign=True)
+    return policy
 
 
 @torch.no_grad()

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from tolerance import assert_close
 from torch import Tensor
 
-from hooked_vla import HookedVLA, Observation
+from hooked_vla import HookedVLA, Observation, registry
 from hooked_vla.policy import byte_tokenizer
-from hooked_vla.spec import DecoderSpec, VisionSpec
+from hooked_vla.spec import DecoderSpec, FlowVLASpec, VisionSpec
 
 try:
     lerobot.install()
@@ -180,7 +180,9 @@ CASES = {
     "position-table-larger": Case(vision=vision(image_size=128)),
     "position-table-smaller": Case(vision=vision(image_size=32)),
     "position-table-in-no-ratio": Case(vision=vision(image_size=88)),
-    "position-table-smaller-in-no-ratio": Case(vision=vision(image_size=40), policy={"resize_imgs_with_padding": (96, 96)}),
+    "position-table-smaller-in-no-ratio": Case(
+        vision=vision(image_size=40), policy={"resize_imgs_with_padding": (96, 96)}
+    ),
     "image-not-square": Case(policy={"resize_imgs_with_padding": (128, 32)}),
     "image-not-square-upright": Case(policy={"resize_imgs_with_padding": (32, 128)}),
     "image-with-a-rest-beside-patches": Case(policy={"resize_imgs_with_padding": (69, 66)}),
@@ -227,7 +229,8 @@ CASES = {
     # the prefix
     "special-tokens": Case(policy={"add_image_special_tokens": True}, geometry={"prefix": SPECIAL_TOKENS}),
     "special-tokens-and-a-hidden-camera": Case(
-        policy={"add_image_special_tokens": True}, geometry={"prefix": SPECIAL_TOKENS}, change=hiding("top", False, True)
+        policy={"add_image_special_tokens": True}, geometry={"prefix": SPECIAL_TOKENS},
+        change=hiding("top", False, True),
     ),
     "special-tokens-padded-cross": Case(
         policy={"add_image_special_tokens": True, "prefix_length": 64, "self_attn_every_n_layers": -1},
@@ -315,11 +318,14 @@ def test_lerobot_reads_what_we_save(name: str, tmp_path: Path) -> None:
     assert_close(HookedVLA.from_pretrained(tmp_path / "ours").predict_action_chunk(batch, noise=noise), actions)
 
 
-def test_lerobot_reads_a_model_made_from_a_spec(tmp_path: Path) -> None:
-    model = HookedVLA.from_spec("smolvla", size="tiny", seed=3)
+@pytest.mark.parametrize("schedule", ["joint cross joint cross", "joint cross cross joint", "cross " * 4, "joint " * 4])
+def test_lerobot_reads_a_model_made_from_a_spec(schedule: str, tmp_path: Path) -> None:
+    spec = registry.get_spec("smolvla", size="tiny")
+    assert isinstance(spec, FlowVLASpec) and spec.vlm.d_vocab is not None
+    spec = replace(spec, expert=replace(spec.expert, schedule=tuple(schedule.split())))
+    model = HookedVLA.from_network(spec, registry.build_network(spec).eval())
     lerobot.redraw(model.net, seed=4)
     model.save_pretrained(tmp_path)
-    spec = model.spec
     vlm = lerobot.vlm_config(spec.vision, spec.vlm, spec.connector.scale)
     policy = lerobot.load_policy(tmp_path, vlm, expert_d_mlp=spec.expert.decoder.d_mlp)
     generator = torch.Generator().manual_seed(0)
@@ -353,7 +359,9 @@ def statistics(seed: int = 5) -> dict[str, dict[str, Tensor]]:
 
     def feature(*shape: int) -> dict[str, Tensor]:
         low, *widths = (torch.rand(*shape, generator=generator) + 0.1 for _ in range(6))
-        marks = dict(zip(("min", "q01", "q10", "q90", "q99", "max"), torch.stack([low, *widths]).cumsum(0), strict=True))
+        marks = dict(
+            zip(("min", "q01", "q10", "q90", "q99", "max"), torch.stack([low, *widths]).cumsum(0), strict=True)
+        )
         return marks | {"mean": low + 0.3, "std": widths[0], "count": torch.tensor([100.0])}
 
     values = {image(camera): feature(3, 1, 1) for camera in PIPELINE.cameras}
@@ -421,7 +429,7 @@ def test_byte_images_equal_lerobots_floats(tmp_path: Path, monkeypatch: pytest.M
     before, after = lerobot.make_processors(policy, values)
     before.save_pretrained(tmp_path)
     after.save_pretrained(tmp_path)
-    batch, noise = raw_batch(values) | {"task": "lift"}, PIPELINE.noise()
+    batch, noise = raw_batch(values), PIPELINE.noise()
     pixels = {camera: (batch[image(camera)] * 255).round().byte() for camera in PIPELINE.cameras}
     floats = {image(camera): value.float() / 255 for camera, value in pixels.items()}
     prepared = before(batch | floats | {"task": ["lift", "lift"]})

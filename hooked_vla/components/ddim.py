@@ -1,0 +1,33 @@
+"""Deterministic denoising (DDIM, arXiv 2010.02502) along the squared-cosine schedule (arXiv 2102.09672)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# no step may remove more than this share of the signal (diffusers: betas_for_alpha_bar)
+_MAX_BETA = 0.999
+
+
+def squared_cosine_signal(n_steps: int) -> list[float]:
+    """Share of the signal's variance left after training step t = 0 .. n_steps - 1, the products rounded to float32."""
+
+    def level(fraction: float) -> float:
+        return math.cos((fraction + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    betas = [min(1 - level((t + 1) / n_steps) / level(t / n_steps), _MAX_BETA) for t in range(n_steps)]
+    return (1 - torch.tensor(betas, dtype=torch.float32)).cumprod(0).tolist()
+
+
+def ddim_step(
+    x: Float[Tensor, "batch chunk d_action"],
+    noise: Float[Tensor, "batch chunk d_action"],
+    step: int,
+    signal: Sequence[float],
+) -> Float[Tensor, "batch chunk d_action"]:
+    """From step t to t - 1, without fresh noise: the clean chunk that `noise` implies is clipped to -1..1."""
+    here, before = signal[step], signal[step - 1] if step else 1.0
+    clean = ((x - math.sqrt(1 - here) * noise) / math.sqrt(here)).clamp(-1, 1)
+    return math.sqrt(before) * clean + math.sqrt(1 - before) * noise

@@ -1,0 +1,5 @@
+"""Diffusion Policy: images resized and cropped to the encoder's size."""
+
+from hooked_vla.processors.visuomotor import KeypointProcessor
+
+PROCESSOR = KeypointProcessor
