@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass
 
+from torch import nn
+
 from hooked_vla.hooks import names as hook_names
 from hooked_vla.vla import HookedVLA
 
@@ -131,7 +133,7 @@ def pathways(model: HookedVLA) -> list[PathwayRow]:
         PathwayRow(
             name=name,
             parameters=sum(parameter.numel() for parameter in part.parameters()),
-            blocks=str(len(part.blocks)) if hasattr(part, "blocks") else "–",
+            blocks=str(len(blocks)) if isinstance(blocks := getattr(part, "blocks", None), nn.ModuleList) else "–",
             d_model=str(getattr(part, "d_model", "–")),
             points=sum(point.startswith(f"{name}.") for point in model.points),
         )

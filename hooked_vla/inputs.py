@@ -178,14 +178,41 @@ class Draws:
         """
         if self.given is None:
             return torch.randn(tuple(shape), device=self.device)
-        if self.n_taken == len(self.given):
-            raise ValueError(f"noise has {len(self.given)} draws, but the model needs more")
-        draw = torch.as_tensor(self.given[self.n_taken])
+        draw = self._next()
         if tuple(draw.shape) != tuple(shape):
             raise ValueError(f"noise must be {list(shape)} (draw {self.n_taken}), got {list(draw.shape)}")
         self.n_taken += 1
         # a copy: the caller may use its buffer again while a cache holds this
         return draw.to(device=self.device, dtype=torch.float32, copy=True)
+
+    def choice(self, weights: Float[Tensor, "row option"]) -> Int[Tensor, "row 1"]:
+        """One option a row, with probabilities in proportion to the weights.
+
+        A given draw is either the options themselves, integers [row 1], which then hold whatever the weights are;
+        or float [row option], exponentially distributed: the option with the largest weight / draw wins, which has
+        the right probabilities and lets runs with different weights share their draws.
+        Raises ValueError when the next given draw is neither, or there is none.
+        """
+        if self.given is None:
+            return torch.multinomial(weights, num_samples=1)
+        draw, (rows, options) = self._next().to(self.device), weights.shape
+        if draw.is_floating_point() and draw.shape == weights.shape:
+            chosen = (weights / draw).argmax(-1, keepdim=True)
+        elif tuple(draw.shape) == (rows, 1) and not draw.is_floating_point() and 0 <= draw.min() and draw.max() < options:
+            chosen = draw.long()
+        else:
+            raise ValueError(
+                f"draw {self.n_taken} must be options 0..{options - 1} as integers [{rows}, 1], or exponential draws "
+                f"[{rows}, {options}]; got {draw.dtype} {list(draw.shape)}"
+            )
+        self.n_taken += 1
+        return chosen
+
+    def _next(self) -> Tensor:
+        assert self.given is not None
+        if self.n_taken == len(self.given):
+            raise ValueError(f"noise has {len(self.given)} draws, but the model needs more")
+        return torch.as_tensor(self.given[self.n_taken])
 
     def check_used_up(self) -> None:
         """Raises ValueError when given draws are left over."""

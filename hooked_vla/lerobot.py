@@ -74,7 +74,7 @@ def read_features(config: Mapping[str, Any], base: FeatureSpec) -> FeatureSpec:
         max_text=positive(config, "tokenizer_max_length", base.max_text),
         pad_text=config.get("pad_language_to", base.pad_text),
         tokenizer=config.get("vlm_model_name", base.tokenizer),
-        normalization=dict(config.get("normalization_mapping") or base.normalization),
+        normalization=dict(base.normalization if (stated := config.get("normalization_mapping")) is None else stated),
     )
 
 
@@ -114,7 +114,7 @@ def read_step_features(config: Mapping[str, Any], base: FeatureSpec) -> FeatureS
         d_action=outputs[ACTION]["shape"][0],
         n_obs_steps=config.get("n_obs_steps", base.n_obs_steps),
         n_action_steps=config.get("n_action_steps", base.n_action_steps),
-        normalization=dict(config.get("normalization_mapping") or base.normalization),
+        normalization=dict(base.normalization if (stated := config.get("normalization_mapping")) is None else stated),
     )
 
 

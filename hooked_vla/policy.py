@@ -417,9 +417,9 @@ def read_instructions(obs: Mapping[str, Any], batch: int) -> list[str]:
     if lerobot.TASK not in obs:
         raise KeyError(f"the observation has neither {lerobot.TASK!r} nor {lerobot.OBS_TOKENS!r}; it has {sorted(obs)}")
     task = obs[lerobot.TASK]
-    listed = isinstance(task, Sequence) and not isinstance(task, str)
-    instructions = list(task) if listed else [task] * batch
-    if len(instructions) != batch or not all(isinstance(text, str) for text in instructions):
+    listed = list(task) if isinstance(task, Sequence) and not isinstance(task, str) else [task] * batch
+    instructions = [text for text in listed if isinstance(text, str)]
+    if len(instructions) != batch or len(listed) != batch:
         raise ValueError(f"{lerobot.TASK!r} must be a string or {batch} strings, got {task!r}")
     return instructions
 

@@ -665,3 +665,50 @@ class DiffusionPolicySpec(ModelSpec):
 
     def geometry(self) -> dict[str, object]:
         return {}
+
+
+@dataclass(frozen=True)
+class CausalSpec:
+    """A pre-norm causal transformer over given vectors. d_in, d_out: widths before and after it; n_positions: of its
+    table."""
+
+    d_in: int
+    d_model: int
+    d_out: int
+    n_layers: int
+    n_heads: int
+    d_mlp: int
+    act: str
+    eps: float
+    n_positions: int
+
+
+@dataclass(frozen=True)
+class CodeSpec:
+    """Actions as codes of a residual quantiser, drawn at `temperature`, and offsets to them.
+
+    d_hidden: of the quantiser's encoder and decoder. sequential: each code is predicted after the one before it.
+    chunk: actions a code stands for. n_ahead: queries for chunks after the present one.
+    """
+
+    n_codebooks: int
+    n_codes: int
+    d_code: int
+    d_hidden: int
+    sequential: bool
+    temperature: float
+    chunk: int
+    n_ahead: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodePolicySpec(ModelSpec):
+    """Keypoints, states and action queries of several steps through a causal transformer that predicts action codes."""
+
+    vision: ResNetSpec
+    keypoints: KeypointSpec
+    expert: CausalSpec
+    codes: CodeSpec
+
+    def geometry(self) -> dict[str, object]:
+        return {}

@@ -228,7 +228,7 @@ class HookedVLA(HookedModel):
         """A whole action chunk, for an Observation or the public policy's own batch.
 
         In the robot's units for raw observations; for a batch that already went through the checkpoint's
-        preprocessor (it carries token ids) normalised, as from the public policy.
+        preprocessor (it carries token ids) normalised, unless the public policy un-normalises those too.
         """
         return self(batch, noise, unnorm_key).chunk
 
@@ -342,7 +342,8 @@ def _device_map(
     if isinstance(device_map, str):
         if device_map != "auto":
             raise ValueError(f'device_map must be "auto" or a mapping of module names to devices, got {device_map!r}')
-        return dict(infer_auto_device_map(net, no_split_module_classes=["Block"], dtype=dtype))
+        whole = ["Block", "TowerBlock", "PostNormBlock", "ConvBlock", "ConditionedBlock", "DeepstackBlock"]
+        return dict(infer_auto_device_map(net, no_split_module_classes=whole, dtype=dtype))
     return dict(device_map)
 
 

@@ -40,8 +40,8 @@ SPEC = DiffusionPolicySpec(
         max_text=0, pad_text="longest", tokenizer="", n_obs_steps=2,
         normalization={"VISUAL": "MEAN_STD", "STATE": "MIN_MAX", "ACTION": "MIN_MAX"},
     ),
-    # running statistics lose too much in bfloat16
-    fp32=("vision",),
+    # running statistics lose too much in bfloat16, and so does a prediction that is divided by the little signal left
+    fp32=("vision", "expert.final", "expert.action_out_proj"),
     keys={
         # one encoder for all cameras
         "diffusion.rgb_encoder.": {
@@ -69,7 +69,9 @@ SPEC = DiffusionPolicySpec(
             "backbone.{+4}.{}.downsample.1.bias": "vision.stages.{}.{}.shortcut_norm.bias",
             "backbone.{+4}.{}.downsample.1.running_mean": "vision.stages.{}.{}.shortcut_norm.running_mean",
             "backbone.{+4}.{}.downsample.1.running_var": "vision.stages.{}.{}.shortcut_norm.running_var",
-            "backbone.{+4}.{}.downsample.1.num_batches_tracked": "vision.stages.{}.{}.shortcut_norm.num_batches_tracked",
+            "backbone.{+4}.{}.downsample.1.num_batches_tracked": (
+                "vision.stages.{}.{}.shortcut_norm.num_batches_tracked"
+            ),
             "pool.pos_grid": "vision.pool.pos_grid",
             "pool.nets.weight": "vision.pool.proj.weight",
             "pool.nets.bias": "vision.pool.proj.bias",
@@ -102,7 +104,9 @@ SPEC = DiffusionPolicySpec(
             "backbone.{+4}.{}.downsample.1.bias": "vision.towers.{}.stages.{}.{}.shortcut_norm.bias",
             "backbone.{+4}.{}.downsample.1.running_mean": "vision.towers.{}.stages.{}.{}.shortcut_norm.running_mean",
             "backbone.{+4}.{}.downsample.1.running_var": "vision.towers.{}.stages.{}.{}.shortcut_norm.running_var",
-            "backbone.{+4}.{}.downsample.1.num_batches_tracked": "vision.towers.{}.stages.{}.{}.shortcut_norm.num_batches_tracked",
+            "backbone.{+4}.{}.downsample.1.num_batches_tracked": (
+                "vision.towers.{}.stages.{}.{}.shortcut_norm.num_batches_tracked"
+            ),
             "pool.pos_grid": "vision.towers.{}.pool.pos_grid",
             "pool.nets.weight": "vision.towers.{}.pool.proj.weight",
             "pool.nets.bias": "vision.towers.{}.pool.proj.bias",

@@ -200,7 +200,7 @@ TINY = replace(
     vision=replace(SPEC.vision, image_size=56, d_model=48, n_layers=2, n_heads=3, d_mlp=96),
     vlm=replace(SPEC.vlm, d_model=64, n_layers=3, n_heads=4, n_kv_heads=2, d_head=16, d_mlp=96, d_vocab=260),
     image_token=258,
-    adapter=replace(SPEC.adapter, n_layers=2, n_heads=4, d_head=16, d_mlp=128),
+    adapter=AdapterSpec(n_layers=2, n_heads=4, d_head=16, d_mlp=128, act="gelu_pytorch_tanh", eps=1e-5),
     expert=replace(
         SPEC.expert, schedule=("cross", "self") * 2, d_model=48, n_heads=4, d_head=12, d_mlp=96, d_out=32
     ),

@@ -106,12 +106,12 @@ SPEC = FastVLASpec(
 )  # fmt: skip
 
 # the same wiring at a size that runs in milliseconds: for tests, tutorials and the demo, with random weights; its
-# text tokens are the bytes, 257 starts the actions, and an action token is a coefficient
+# text tokens are bytes (91 is "|"), 257 starts the actions, and an action token is a coefficient
 TINY = replace(
     SPEC,
     vision=replace(SPEC.vision, image_size=56, patch_size=14, d_model=48, n_layers=2, n_heads=3, d_mlp=96),
     vlm=replace(SPEC.vlm, d_model=64, n_layers=3, n_heads=4, n_kv_heads=1, d_head=16, d_mlp=128, d_vocab=768),
-    fast=replace(SPEC.fast, max_tokens=12, start=257, end=124, tokenizer="bytes", required=False),
+    fast=replace(SPEC.fast, max_tokens=12, start=257, end=91, tokenizer="bytes", required=False),
     d_state=8,
     d_action=8,
     chunk=8,

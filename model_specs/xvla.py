@@ -219,7 +219,7 @@ SPEC = PromptedVLASpec(
             "vlm_proj.bias.weight": "expert.vlm_proj.b",
             "aux_visual_proj.fc.weight": "expert.aux_proj.W",
             "aux_visual_proj.bias.weight": "expert.aux_proj.b",
-            "pos_emb": "expert.pos_embed",
+            "pos_emb": "expert.pos_embed.weight",
             "soft_prompt_hub.weight": "expert.soft_prompts.weight",
             "norm.weight": "expert.ln_final.weight",
             "norm.bias": "expert.ln_final.bias",

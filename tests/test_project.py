@@ -14,12 +14,12 @@ from hooked_vla import get_spec, list_models
 ROOT = Path(__file__).parent.parent
 # later layers may import earlier ones, never the other way
 LAYERS = [
-    {"spec", "inputs", "kernels", "lerobot"},
+    {"spec", "inputs", "kernels", "lerobot", "part_files"},
     {"hooks", "components"},
     {"models"},
     {"policy"},
     {"processors"},
-    {"registry", "weights", "model_specs"},
+    {"registry", "weights", "part_files", "model_specs"},
     {"vla"},
     {"describe", "interventions", "sae", "analysis"},
     {"rollouts", "demo_measure", "demo_figures", "demo"},
@@ -116,7 +116,10 @@ def test_the_wheel_holds_only_the_package(tmp_path: Path) -> None:
 
 def test_runtime_shape_checks_are_off_for_users() -> None:
     """They are switched on by pytest's option only."""
-    code = "import hooked_vla.components.rope as r, torch; r.rotate(torch.zeros(1, 2, 3, 4), r.Rotation(1.0, 0.0)); print('ok')"
+    code = (
+        "import hooked_vla.components.rope as r, torch; "
+        "r.rotate(torch.zeros(1, 2, 3, 4), r.Rotation(1.0, 0.0)); print('ok')"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "ok\n", done.stderr
 

@@ -99,8 +99,9 @@ class Attention(nn.Module):
         scores = torch.einsum("bgrsd,btgd->bgrst", q, k.float()) * scale
         scores = rearrange(scores, "b g r s t -> b (g r) s t")
         scores = self.hook_attn_scores(scores if mask is None else scores + mask.float())
-        # where a row sees nothing at all, softmax divides by nothing: such a query reads nothing
-        pattern = scores.softmax(-1).masked_fill(scores == -torch.inf, 0)
+        # a query that sees nothing at all reads nothing; softmax alone would divide by nothing, in its gradient too
+        blind = (scores == -torch.inf).all(-1, keepdim=True)
+        pattern = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
         pattern = self.hook_pattern(pattern.to(v.dtype))
         pattern = rearrange(pattern, "b (g r) s t -> b g r s t", g=self.n_kv_heads)
         return rearrange(torch.einsum("bgrst,btgd->bsgrd", pattern, v), "b s g r d -> b s (g r) d")

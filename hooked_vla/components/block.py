@@ -46,9 +46,7 @@ class Block(nn.Module):
 class PostNormBlock(nn.Module):
     """resid_mid = ln1_post(resid_pre + attn_out), resid_post = ln2_post(resid_mid + mlp_out) (arXiv 1706.03762)."""
 
-    def __init__(
-        self, d_model: int, attn: nn.Module, ln1_post: nn.Module, mlp: nn.Module, ln2_post: nn.Module
-    ) -> None:
+    def __init__(self, d_model: int, attn: nn.Module, ln1_post: nn.Module, mlp: nn.Module, ln2_post: nn.Module) -> None:
         super().__init__()
         self.d_model = d_model
         self.attn, self.ln1_post, self.mlp, self.ln2_post = attn, ln1_post, mlp, ln2_post

@@ -109,7 +109,7 @@ class MLPConnector(nn.Module):
 
 
 class GridConnector(nn.Module):
-    """Adds learned places to features on a grid, puts their mean first as a token of its own, maps and norms (Florence-2).
+    """Florence-2's: learned places added to features on a grid, their mean as a first token, a linear map, a norm.
 
     A place is its column's vector followed by its row's. `times` is a table of sines and cosines for images in a
     sequence, of which single images take the first row; a buffer, since public files hold it.
@@ -131,16 +131,18 @@ class GridConnector(nn.Module):
     def forward(
         self, features: Float[Tensor, "image place d_vision"], grid: tuple[int, int]
     ) -> Float[Tensor, "image seq d_model"]:
-        x = features + self.hook_pos_embed(self.places(*grid)) + self.times[0].to(features)
+        x = features + self.hook_pos_embed(self.places(*grid, features.device)) + self.times[0].to(features)
         pooled = self.hook_pooled(x.mean(1, keepdim=True))
         return self.hook_out(self.ln_out(self.proj(torch.cat([pooled, x], dim=1))))
 
-    def places(self, height: int, width: int) -> Float[Tensor, "place d_vision"]:
-        """Raises ValueError for a grid larger than the tables."""
+    def places(self, height: int, width: int, device: torch.device) -> Float[Tensor, "place d_vision"]:
+        """Vectors of the places of a grid, row by row.
+
+        Raises ValueError for a grid larger than the tables."""
         if max(height, width) > self.n_positions:
             raise ValueError(
                 f"image features of {height} × {width} places, but there are {self.n_positions} rows and columns"
             )
-        columns = repeat(self.columns.weight[:width], "w d -> (h w) d", h=height)
-        rows = repeat(self.rows.weight[:height], "h d -> (h w) d", w=width)
+        columns = repeat(self.columns(torch.arange(width, device=device)), "w d -> (h w) d", h=height)
+        rows = repeat(self.rows(torch.arange(height, device=device)), "h d -> (h w) d", w=width)
         return torch.cat([columns, rows], dim=-1)

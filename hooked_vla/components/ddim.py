@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-import torch
+import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
@@ -12,13 +12,14 @@ _MAX_BETA = 0.999
 
 
 def squared_cosine_signal(n_steps: int) -> list[float]:
-    """Share of the signal's variance left after training step t = 0 .. n_steps - 1, the products rounded to float32."""
+    """Share of the signal's variance left after step t = 0 .. n_steps - 1, in float32 as the source stores it."""
 
     def level(fraction: float) -> float:
         return math.cos((fraction + 0.008) / 1.008 * math.pi / 2) ** 2
 
     betas = [min(1 - level((t + 1) / n_steps) / level(t / n_steps), _MAX_BETA) for t in range(n_steps)]
-    return (1 - torch.tensor(betas, dtype=torch.float32)).cumprod(0).tolist()
+    alphas = 1 - np.array(betas, dtype=np.float32)
+    return alphas.cumprod(dtype=np.float64).astype(np.float32).tolist()
 
 
 def ddim_step(

@@ -85,7 +85,10 @@ class TokenDecoder(nn.Module):
         caches: list[CachedLayer],
         unembed: Callable[[Tensor], Tensor],
     ) -> Float[Tensor, "batch d_vocab"]:
-        """Logits of the token after the one embedded in `token`, which is the `step`-th after the prefix."""
+        """Logits of the token after the one embedded in `token`, which is the `step`-th after the prefix.
+
+        unembed: a function or method; accelerate would move a module that is passed in, offloaded weights or not.
+        """
         n_slots = caches[0].n_slots
         position = valid.long().sum(1, keepdim=True) + step
         by = rotation(position, self.d_head, self.rope_base)

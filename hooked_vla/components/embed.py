@@ -130,7 +130,7 @@ class SequencePositions(nn.Embedding):
         """Raises ValueError for more positions than there are."""
         if length > self.num_embeddings - self.offset:
             raise ValueError(f"{length} tokens, but there are {self.num_embeddings - self.offset} positions")
-        return self.weight[self.offset : self.offset + length]
+        return super().forward(torch.arange(self.offset, self.offset + length, device=self.weight.device))
 
 
 def interleaved_sincos(n_positions: int, d_model: int) -> Float[Tensor, "n_positions d_model"]:

@@ -13,7 +13,7 @@ from hooked_vla.components.attention import RotarySelfAttention
 from hooked_vla.components.block import Block
 from hooked_vla.components.mlp import MLP
 from hooked_vla.components.norm import LayerNorm
-from hooked_vla.components.rope import grid_rotation
+from hooked_vla.components.rope import Rotation, grid_rotation
 from hooked_vla.hooks.point import HookPoint
 from hooked_vla.spec import PatchVisionSpec
 
@@ -36,9 +36,7 @@ class InterpolatedPositions(nn.Embedding):
         super().__init__(grid * grid, d_model)
         self.grid = grid
 
-    def forward(
-        self, places: Int[Tensor, "seq 2"], height: int, width: int
-    ) -> Float[Tensor, "seq d_model"]:
+    def forward(self, places: Int[Tensor, "seq 2"], height: int, width: int) -> Float[Tensor, "seq d_model"]:
         """Positions for the rows and columns `places` of a grid of height × width patches."""
         sides = [torch.linspace(0, self.grid - 1, n, device=places.device) for n in (height, width)]
         y, x = (side[places[:, axis]] for axis, side in enumerate(sides))
@@ -58,7 +56,9 @@ def _neighbours(place: Float[Tensor, " seq"], grid: int) -> list[tuple[Int[Tenso
 
 def merge_order(height: int, width: int, merge: int, device: torch.device) -> Int[Tensor, "seq 2"]:
     """Row and column of every patch of a grid, in merge order."""
-    rows, columns = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
+    rows, columns = torch.meshgrid(
+        torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
+    )
     places = torch.stack([rows, columns], dim=-1)
     return rearrange(places, "(h dh) (w dw) two -> (h w dh dw) two", dh=merge, dw=merge)
 
@@ -145,12 +145,15 @@ class DeepstackBlock(Block):
         self.hook_deepstack = HookPoint("batch seq d_model")
 
     def forward(
-        self, resid_pre: Float[Tensor, "batch seq d_model"], *reads: object
+        self,
+        resid_pre: Float[Tensor, "batch seq d_model"],
+        by: Rotation,
+        mask: Float[Tensor, "batch 1 seq seq"],
+        deepstack: Float[Tensor, "batch seq d_model"],
     ) -> Float[Tensor, "batch seq d_model"]:
-        """The last of `reads` is the features to add, zero where there is no image."""
-        *reads, deepstack = reads
+        """deepstack: the features to add, zero where there is no image."""
         resid_pre = self.hook_resid_pre(resid_pre)
-        attn_out = self.hook_attn_out(self.attn(self.ln1(resid_pre), *reads)[0])
+        attn_out = self.hook_attn_out(self.get_submodule("attn")(self.ln1(resid_pre), by, mask)[0])
         resid_mid = self.hook_resid_mid(resid_pre + attn_out)
         mlp_out = self.hook_mlp_out(self.mlp(self.ln2(resid_mid)))
         return self.hook_resid_post(resid_mid + mlp_out + self.hook_deepstack(deepstack))

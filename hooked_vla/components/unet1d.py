@@ -1,4 +1,4 @@
-"""A U-Net over time: convolutions along the action steps, halved level by level, every block told by FiLM what was seen.
+"""A U-Net over time: convolutions along the action steps, halved level by level; FiLM tells every block what was seen.
 
 Maps are [batch channel step] inside; points show them as [batch step channel]. Level i sees the chunk at 1 / 2^i of
 its steps, in the token stream "expert.down.{i}" (level 0: "expert").
@@ -13,6 +13,9 @@ from torch.nn import functional
 from hooked_vla.components.embed import cossin_bucket
 from hooked_vla.hooks.point import HookPoint
 from hooked_vla.spec import UNetSpec
+
+# of the last convolution's norm, whatever n_groups says (LeRobot, as diffusion_policy: conditional_unet1d.py)
+FINAL_GROUPS = 8
 
 StepMap = Float[Tensor, "batch channel step"]
 
@@ -73,15 +76,19 @@ class FilmBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """Two blocks, "0" and "1", and what changes the number of steps after them."""
+    """Two blocks, "0" and "1". `resample`, where there is one, changes the number of steps after them to level `to`."""
 
     def __init__(
-        self, d_in: int, d_model: int, d_condition: int, spec: UNetSpec, level: int, resample: nn.Module | None
-    ) -> None:
+        self, d_in: int, d_model: int, d_condition: int, spec: UNetSpec, level: int, to: int,
+        resample: nn.Module | None,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.d_model = d_model
         self.add_module("0", FilmBlock(d_in, d_model, d_condition, spec, level))
         self.add_module("1", FilmBlock(d_model, d_model, d_condition, spec, level))
         self.resample = resample
+        if resample is not None:
+            self.hook_resampled = HookPoint("batch seq d_model", stream=level_stream(to))
 
     def forward(
         self, x: Float[Tensor, "batch d_in step"], condition: Float[Tensor, "batch d_condition"]
@@ -91,6 +98,10 @@ class Level(nn.Module):
             x = self.get_submodule(name)(x, condition)
         return x
 
+    def change_steps(self, x: Float[Tensor, "batch d_model step"]) -> Float[Tensor, "batch d_model new_step"]:
+        """Resampled, or as it is."""
+        return x if self.resample is None else _show(self.hook_resampled, self.resample(x))
+
 
 class UpLevel(Level):
     """A level whose input is what comes from below beside what the way down left at the same number of steps."""
@@ -98,7 +109,7 @@ class UpLevel(Level):
     def __init__(
         self, d_in: int, d_model: int, d_condition: int, spec: UNetSpec, level: int, resample: nn.Module
     ) -> None:
-        super().__init__(d_in, d_model, d_condition, spec, level, resample)
+        super().__init__(d_in, d_model, d_condition, spec, level, level - 1, resample)
         self.d_with_skip = d_in
         self.hook_with_skip = HookPoint("batch seq d_with_skip", stream=level_stream(level))
 
@@ -114,17 +125,18 @@ class UNet1d(nn.Module):
         widths, both = spec.widths, d_condition + spec.d_time
         last = len(widths) - 1
         self.down = nn.ModuleList(
-            Level(d_in, width, both, spec, i, nn.Conv1d(width, width, 3, stride=2, padding=1) if i < last else None)
+            Level(d_in, width, both, spec, i, i + 1,
+                  nn.Conv1d(width, width, 3, stride=2, padding=1) if i < last else None)
             for i, (d_in, width) in enumerate(zip((d_action, *widths), widths, strict=False))
-        )
-        self.mid = Level(widths[-1], widths[-1], both, spec, last, None)
+        )  # fmt: skip
+        self.mid = Level(widths[-1], widths[-1], both, spec, last, last, None)
         # the first level's output is never read again: upward levels take those of the levels below it
         self.up = nn.ModuleList(
             UpLevel(2 * widths[i], widths[i - 1], both, spec, i,
                     nn.ConvTranspose1d(widths[i - 1], widths[i - 1], 4, stride=2, padding=1))
             for i in range(last, 0, -1)
         )  # fmt: skip
-        self.final = ConvNorm(widths[0], widths[0], spec.kernel_size, spec.n_groups)
+        self.final = ConvNorm(widths[0], widths[0], spec.kernel_size, FINAL_GROUPS)
         self.action_out_proj = nn.Conv1d(widths[0], d_action, 1)
         self.predicts_noise = predicts_noise
         self.hook_noisy_actions = HookPoint("batch chunk d_action", dtype="float32", reused=True)
@@ -156,11 +168,12 @@ class UNet1d(nn.Module):
             assert isinstance(level, Level)
             x = level(x, told)
             skips.append(x)
-            x = x if level.resample is None else level.resample(x)
+            x = level.change_steps(x)
         x = self.mid(x, told)
         for level in self.up:
-            assert isinstance(level, UpLevel) and level.resample is not None
+            assert isinstance(level, UpLevel)
             x = _show(level.hook_with_skip, torch.cat([x, skips.pop()], dim=1))
-            x = level.resample(level(x, told))
-        prediction = rearrange(self.action_out_proj(self.final(x)), "b a t -> b t a").float()
+            x = level.change_steps(level(x, told))
+        prediction = self.action_out_proj(self.final(x.to(self.action_out_proj.weight.dtype)))
+        prediction = rearrange(prediction, "b a t -> b t a").float()
         return noisy, self.hook_noise(prediction) if self.predicts_noise else prediction

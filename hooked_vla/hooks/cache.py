@@ -62,12 +62,11 @@ class SegmentView:
         row_dim = next((i for i, each in enumerate(self._entry.axes) if each in ROW_AXES), None)
         if row_dim is None:
             raise ValueError(f"{self._site} has axes {self._entry.axes}: no rows whose tokens could differ")
-        positions = {}
-        for each, segment in wanted.items():
-            segments = self._table[self._entry.streams[self._token_axis(each)]]
-            positions[each] = segments.positions(segment)
+        tables = {each: self._table[self._entry.streams[self._token_axis(each)]] for each in wanted}
+        positions = {each: tables[each].positions(segment) for each, segment in wanted.items()}
+        partial = all(table.row_axis != "batch" for table in tables.values())
         everywhere = range(self._tensor.shape[row_dim])
-        rows = [i for i in everywhere if segments.row_axis == "batch" or all(len(p[i]) for p in positions.values())]
+        rows = [i for i in everywhere if not partial or all(len(p[i]) for p in positions.values())]
         parts = [self._tensor.select(row_dim, i) for i in rows]
         for each, found in positions.items():
             dim, lengths = self._entry.axes.index(each) - 1, [len(found[i]) for i in rows]
@@ -304,7 +303,7 @@ class ActivationCache(Mapping[str, Activation]):
 
     def _layers(self, pathway: str, layer: int | None) -> tuple[int, int]:
         """How many blocks the pathway has, and the number of the block before which to stop; None, -1: after all."""
-        layers = [hook_names.layer(name) for name in self.order if hook_names.pathway(name) == pathway]
+        layers = [hook_names.layer(name) for name in self.order if name.startswith(f"{pathway}.blocks.")]
         n_layers = max([number for number in layers if number is not None], default=-1) + 1
         if not n_layers:
             raise KeyError(f"the model has no blocks in a pathway {pathway!r}")

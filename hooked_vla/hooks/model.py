@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hooked_vla.hooks import names as hook_names
 from hooked_vla.hooks.cache import ROW_AXES, TOKEN_AXES, ActivationCache, Recorder
 from hooked_vla.hooks.names import NamesFilter
-from hooked_vla.hooks.point import CAPTURE, EDIT, GRADIENT, HookFunction, HookPoint, Listener, Run
+from hooked_vla.hooks.point import CAPTURE, EDIT, GRADIENT, HookFunction, HookPoint, Listener, Run, SegmentTable
 from hooked_vla.inputs import Actions, ModelInputs, Segments
 
 HookRequest = tuple[NamesFilter, HookFunction]
@@ -273,10 +273,9 @@ class HookedModel(nn.Module):
             attached.append(self._attach(wanted, lambda _: _watch, GRADIENT, steps))
         if stop_at is not None:
             attached.append(self._attach(stop_at, lambda _: _stop, CAPTURE, steps))
-        actions = None
+        actions, segments = None, SegmentTable(lambda: self.segments(inputs)).settle()
         try:
             with self.running(inputs):
-                segments = self.run_state.segments.settle()
                 actions = self.act(inputs, noise, raw, unnorm_key)
         except _Stop:
             pass
@@ -377,10 +376,10 @@ def _watch(gradient: Tensor, point: HookPoint) -> None:
     """A gradient listener that changes nothing."""
 
 
-def _literal_names(names_filter: NamesFilter, points: Container[str]) -> list[str]:
+def _literal_names(names_filter: Any, points: Container[str]) -> list[str]:
     """The points that a filter asks for by name rather than by pattern."""
     listed = [names_filter] if isinstance(names_filter, str) else names_filter
-    return [each for each in listed if each in points] if isinstance(listed, list | tuple) else []
+    return [str(each) for each in listed if each in points] if isinstance(listed, list | tuple) else []
 
 
 def _check_fired(attached: Sequence[Hook]) -> None:
@@ -440,6 +439,6 @@ def _runtime_size(axis: str, point: HookPoint, sizes: Mapping[str, Sequence[int]
     if axis in ROW_AXES:
         rows = next(iter(point.streams.values())) if axis == "window" else point.pathway
         # a tower for one camera sees fewer images than the whole pathway
-        rows = point.stream if axis == "image" and point.stream in sizes else rows
+        rows = point.stream if axis == "image" and point.stream and point.stream in sizes else rows
         return batch_size if axis == "batch" else sizes[rows][0]
     return sum(sizes[stream][1] for stream in point.streams[axis].split("+"))

@@ -30,7 +30,7 @@ from hooked_vla.hooks.point import HookPoint, Run
 from hooked_vla.inputs import ACTION, ENVIRONMENT, LATENT, STATE, Draws, Segments, StepInputs, image_segment
 from hooked_vla.lerobot import read_step_features, write_step_features
 from hooked_vla.models.network import Network
-from hooked_vla.models.sizes import layer_count, resnet_from_shapes
+from hooked_vla.models.sizes import layer_count, resnet_from_shapes, resnet_name
 from hooked_vla.spec import ChunkTransformerSpec, EncoderDecoderSpec, FeatureSpec, LatentSpec
 
 
@@ -267,7 +267,7 @@ def write_config(spec: ChunkTransformerSpec) -> dict[str, Any]:
         "type": spec.config_type,
         **write_step_features(spec.features, spec.vision.image_size),
         "chunk_size": spec.chunk,
-        "vision_backbone": "resnet34" if spec.vision.n_blocks == (3, 4, 6, 3) else "resnet18",
+        "vision_backbone": resnet_name(spec.vision),
         "pretrained_backbone_weights": None,
         "replace_final_stride_with_dilation": False,
         "pre_norm": sizes.pre_norm,

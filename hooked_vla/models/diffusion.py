@@ -16,13 +16,13 @@ from torch import Tensor
 
 from hooked_vla.components.denoising import DiffusionHead, noise_schedule
 from hooked_vla.components.keypoints import CameraTowers, FeatureConnector, KeypointResNet, encoder_segments
-from hooked_vla.components.unet1d import UNet1d, level_stream
+from hooked_vla.components.unet1d import FINAL_GROUPS, UNet1d, level_stream
 from hooked_vla.hooks.point import Run
 from hooked_vla.inputs import ACTION, Draws, Segments, StepInputs, image_segment
 from hooked_vla.lerobot import read_step_features, write_step_features
 from hooked_vla.models.network import Network
-from hooked_vla.models.sizes import layer_count, resnet_from_shapes
-from hooked_vla.spec import DiffusionPolicySpec, KeypointSpec, SamplerSpec, UNetSpec
+from hooked_vla.models.sizes import layer_count, resnet_from_shapes, resnet_name
+from hooked_vla.spec import DiffusionPolicySpec, KeypointSpec, ResNetSpec, SamplerSpec, UNetSpec
 
 
 class DiffusionPolicy(Network):
@@ -111,7 +111,9 @@ def read_spec(base: DiffusionPolicySpec, checkpoint: Any) -> DiffusionPolicySpec
     unet = _read_unet(base.unet, checkpoint)
     horizon = config.get("horizon", base.horizon)
     if horizon % 2 ** len(unet.widths):
-        raise ValueError(f"horizon {horizon} is not a multiple of 2^{len(unet.widths)}, by its {len(unet.widths)} levels")
+        raise ValueError(
+            f"horizon {horizon} is not a multiple of 2^{len(unet.widths)}, by its {len(unet.widths)} levels"
+        )
     per_camera = any(key.startswith("diffusion.rgb_encoder.0.") for key in checkpoint.tensors)
     vision, keypoints = base.vision, base.keypoints
     if features.cameras:
@@ -132,11 +134,11 @@ def read_keypoints(checkpoint: Any, prefix: str) -> KeypointSpec:
     if resize:
         # LeRobot: with a resize, only the ratio decides about the crop
         ratio = config.get("crop_ratio", 1.0)
-        crop = [int(side * ratio) for side in resize] if ratio < 1 else None
+        crop = (int(resize[0] * ratio), int(resize[1] * ratio)) if ratio < 1 else None
     return KeypointSpec(
         n_keypoints=checkpoint.shape(f"{prefix}pool.nets.weight")[0],
-        resize=tuple(resize) if resize else None,
-        crop=tuple(crop) if crop else None,
+        resize=(resize[0], resize[1]) if resize else None,
+        crop=(crop[0], crop[1]) if crop else None,
     )
 
 
@@ -145,8 +147,11 @@ def _read_unet(base: UNetSpec, checkpoint: Any) -> UNetSpec:
     levels = range(layer_count(checkpoint, f"{_UNET}down_modules."))
     widths = tuple(shape(f"{_UNET}down_modules.{i}.0.conv1.block.0.weight")[0] for i in levels)
     n_groups = config.get("n_groups", base.n_groups)
-    if any(width % n_groups for width in widths):
-        raise ValueError(f"U-Net widths {list(widths)} do not all divide into {n_groups} groups (n_groups in config.json)")
+    if any(width % n_groups for width in widths) or widths[0] % FINAL_GROUPS:
+        raise ValueError(
+            f"U-Net widths {list(widths)} must all divide into {n_groups} groups (n_groups in config.json), the first "
+            f"into {FINAL_GROUPS} too"
+        )
     return UNetSpec(
         widths=widths,
         kernel_size=shape(f"{_UNET}down_modules.0.0.conv1.block.0.weight")[2],
@@ -174,13 +179,13 @@ def _read_sampler(base: SamplerSpec, config: dict[str, Any]) -> SamplerSpec:
     return sampler
 
 
-def write_encoder_config(keypoints: KeypointSpec, norm: str) -> dict[str, Any]:
+def write_encoder_config(vision: ResNetSpec, keypoints: KeypointSpec) -> dict[str, Any]:
     """The fields of config.json that say how images are encoded."""
     config: dict[str, Any] = {
-        "vision_backbone": "resnet18",
+        "vision_backbone": resnet_name(vision),
         "pretrained_backbone_weights": None,
         "crop_shape": list(keypoints.crop) if keypoints.crop else None,
-        "use_group_norm": norm == "group",
+        "use_group_norm": vision.norm == "group",
         "spatial_softmax_num_keypoints": keypoints.n_keypoints,
     }
     if keypoints.resize:
@@ -195,7 +200,7 @@ def write_config(spec: DiffusionPolicySpec) -> dict[str, Any]:
     return {
         "type": spec.config_type,
         **write_step_features(spec.features, spec.vision.image_size),
-        **write_encoder_config(spec.keypoints, spec.vision.norm),
+        **write_encoder_config(spec.vision, spec.keypoints),
         "use_separate_rgb_encoder_per_camera": spec.encoder_per_camera,
         "horizon": spec.horizon,
         "down_dims": list(unet.widths),

@@ -1,8 +1,9 @@
 """GR00T N1.5 and N1.7. A causal vision-language model runs once; its output features pass an adapter, and a diffusion
 transformer over state and noisy actions alternates between cross-attention to them and self-attention.
 
-Wiring read from LeRobot 0.5.1 and 0.6.1, policies/groot. Rules that surprise: the adapter and (N1.5) the cross-attention
-read the features of padding too; time runs from noise at 0 to actions at 1, and enters by two different sinusoids.
+Wiring read from LeRobot 0.5.1 and 0.6.1, policies/groot. Rules that surprise: the adapter and (N1.5) the
+cross-attention read the features of padding too; time runs from noise at 0 to actions at 1, and enters by two different
+sinusoids.
 """
 
 import math
@@ -229,7 +230,10 @@ class ActionExpert(nn.Module):
         self.hook_velocity = HookPoint("batch chunk d_action", dtype="float32")
 
     def reads(
-        self, features: Float[Tensor, "batch prefix d_source"], inputs: EmbodiedInputs, is_image: Bool[Tensor, "batch prefix"]
+        self,
+        features: Float[Tensor, "batch prefix d_source"],
+        inputs: EmbodiedInputs,
+        is_image: Bool[Tensor, "batch prefix"],
     ) -> Reads:
         """Everything that does not depend on the denoise step."""
         seen = {"cross:image": is_image & inputs.token_mask, "cross:text": ~is_image & inputs.token_mask}
@@ -240,7 +244,8 @@ class ActionExpert(nn.Module):
             future=None if self.future is None else repeat(self.future.weight, "s d -> b s d", b=len(state)),
             embodiment=inputs.embodiment,
             layers=[None if attention is None else attention.project(features) for attention in attentions],
-            masks={kind: masks.additive_or_blind(keys[:, None], features.dtype) for kind, keys in seen.items()} | {"cross": None},
+            masks={kind: masks.additive_or_blind(keys[:, None], features.dtype) for kind, keys in seen.items()}
+            | {"cross": None},
         )
 
     def embed_time(self, bucket: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_model"]:
@@ -305,9 +310,7 @@ class GR00T(Network):
         else:
             self.vision = PatchViT(spec.vision)
             self.merge, n_taps = spec.vision.merge, len(spec.vision.taps)
-            self.connector = DeepstackConnector(
-                spec.vision.d_model, d_vlm, spec.vision.merge, spec.vision.eps, n_taps
-            )
+            self.connector = DeepstackConnector(spec.vision.d_model, d_vlm, spec.vision.merge, spec.vision.eps, n_taps)
         self.vlm = LanguageModel(spec, n_taps)
         self.source = "vlm" if spec.adapter is None else "adapter"
         if spec.adapter is not None:

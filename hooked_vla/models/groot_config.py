@@ -63,9 +63,7 @@ def read_spec(base: FeatureVLASpec, checkpoint: Any) -> FeatureVLASpec:
     return read(base, checkpoint, _Shapes(checkpoint), checkpoint.json("geometry.json") or {})
 
 
-def _read_eagle(
-    base: FeatureVLASpec, checkpoint: Any, shapes: _Shapes, geometry: Mapping[str, Any]
-) -> FeatureVLASpec:
+def _read_eagle(base: FeatureVLASpec, checkpoint: Any, shapes: _Shapes, geometry: Mapping[str, Any]) -> FeatureVLASpec:
     assert isinstance(base.vision, VisionSpec)
     config = checkpoint.config
     backbone, head = config.get("backbone_cfg") or {}, config.get("action_head_cfg") or {}
@@ -87,9 +85,9 @@ def _read_eagle(
             "padding_attends_evenly", eagle.get("_attn_implementation", "flash_attention_2") == "eager"
         ),
         image_token=_image_token(base, vlm, geometry.get("image_token", eagle.get("image_token_index"))),
-        adapter=read_adapter(base.adapter, shapes, head) if head.get("use_vlln", True) else None,
-        expert=read_dit(base.expert, shapes, head.get("diffusion_model_cfg") or {}, ("cross",)),
-        flow=(flow := read_flow(base.flow, shapes, head, 1, geometry)),
+        adapter=_read_adapter(base.adapter, shapes, head) if head.get("use_vlln", True) else None,
+        expert=_read_dit(base.expert, shapes, head.get("diffusion_model_cfg") or {}, ("cross",)),
+        flow=(flow := _read_flow(base.flow, shapes, head, 1, geometry)),
         chat=_read_chat(base.chat, geometry),
         features=_read_features(replace(base.features, resize=(vision.image_size,) * 2), config, geometry, flow),
     )
@@ -106,7 +104,7 @@ def _read_qwen(base: FeatureVLASpec, checkpoint: Any, shapes: _Shapes, geometry:
         raise ValueError(f"rotary sections {list(sections)} do not fit heads of {vlm.d_head}, or are not interleaved")
     adapter = None
     if config.get("use_vlln", True):
-        adapter = read_adapter(base.adapter, shapes, config)
+        adapter = _read_adapter(base.adapter, shapes, config)
     elif layer_count(shapes, _HEAD + "vl_self_attention.transformer_blocks."):
         raise ValueError("config.json sets use_vlln=False with vl_self_attention layers, which is not supported")
     kinds = ("cross",)
@@ -120,8 +118,8 @@ def _read_qwen(base: FeatureVLASpec, checkpoint: Any, shapes: _Shapes, geometry:
         padding_attends_evenly=geometry.get("padding_attends_evenly", base.padding_attends_evenly),
         image_token=_image_token(base, vlm, geometry.get("image_token", named.get("image_token_id"))),
         adapter=adapter,
-        expert=read_dit(base.expert, shapes, config.get("diffusion_model_cfg") or {}, kinds),
-        flow=(flow := read_flow(base.flow, shapes, config, config.get("state_history_length", 1), geometry)),
+        expert=_read_dit(base.expert, shapes, config.get("diffusion_model_cfg") or {}, kinds),
+        flow=(flow := _read_flow(base.flow, shapes, config, config.get("state_history_length", 1), geometry)),
         chat=_read_chat(base.chat, geometry),
         features=_read_features(base.features, config, geometry, flow),
     )
@@ -239,7 +237,7 @@ def _image_token(base: FeatureVLASpec, vlm: DecoderSpec, given: int | None) -> i
     return given
 
 
-def read_adapter(base: AdapterSpec | None, shapes: _Shapes, config: Mapping[str, Any]) -> AdapterSpec:
+def _read_adapter(base: AdapterSpec | None, shapes: _Shapes, config: Mapping[str, Any]) -> AdapterSpec:
     """The adapter's sizes; `config` holds vl_self_attention_cfg."""
     assert base is not None
     options = config.get("vl_self_attention_cfg") or {}
@@ -253,7 +251,7 @@ def read_adapter(base: AdapterSpec | None, shapes: _Shapes, config: Mapping[str,
     return replace(base, n_layers=n_layers, n_heads=n_heads, d_head=d_head, d_mlp=d_mlp)
 
 
-def read_dit(base: DiTSpec, shapes: _Shapes, options: Mapping[str, Any], kinds: tuple[str, ...]) -> DiTSpec:
+def _read_dit(base: DiTSpec, shapes: _Shapes, options: Mapping[str, Any], kinds: tuple[str, ...]) -> DiTSpec:
     """The expert's sizes; kinds: what its cross-attention blocks read in turn.
 
     Raises ValueError where they read different things and no self-attention stands between them.
@@ -310,8 +308,12 @@ def _heads(where: str, options: Mapping[str, Any], base: Any, width: int) -> tup
     return n_heads, d_head
 
 
-def read_flow(
-    base: EmbodimentFlowSpec, shapes: _Shapes, config: Mapping[str, Any], n_state_steps: int, geometry: Mapping[str, Any]
+def _read_flow(
+    base: EmbodimentFlowSpec,
+    shapes: _Shapes,
+    config: Mapping[str, Any],
+    n_state_steps: int,
+    geometry: Mapping[str, Any],
 ) -> EmbodimentFlowSpec:
     """Sizes of the flow's encoders and decoders, and its options in `config`."""
     n, d_in, d_hidden = shapes.shape(_HEAD + "state_encoder.layer1.W")

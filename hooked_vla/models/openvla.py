@@ -132,11 +132,11 @@ class LanguageModel(nn.Module):
         self, language: Float[Tensor, "batch text d_model"], inputs: PromptedInputs
     ) -> Float[Tensor, "batch d_model"]:
         """Mean of the embeddings of the prompt and the stop token: what FiLM reads."""
-        total = torch.where(inputs.token_mask[..., None], language, 0).sum(1) + self.stop_token(1)[:, 0]
+        total = torch.where(inputs.token_mask[..., None], language, 0).sum(1) + self.stop_token(language)[:, 0]
         return total / (inputs.token_mask.sum(1, keepdim=True) + 1)
 
-    def stop_token(self, batch: int) -> Float[Tensor, "batch 1 d_model"]:
-        return self.embed(torch.full((batch, 1), self.stop, device=self.embed.weight.device))
+    def stop_token(self, language: Float[Tensor, "batch text d_model"]) -> Float[Tensor, "batch 1 d_model"]:
+        return self.embed(torch.full((len(language), 1), self.stop, device=language.device))
 
     def sequence(
         self,
@@ -146,7 +146,7 @@ class LanguageModel(nn.Module):
         actions: Float[Tensor, "batch action d_model"],
     ) -> Float[Tensor, "batch seq d_model"]:
         """The decoder's input; own: state and time tokens."""
-        stop = [] if self.readout.kind == "generate" else [self.stop_token(len(language))]
+        stop = [] if self.readout.kind == "generate" else [self.stop_token(language)]
         return self.hook_tokens(torch.cat([language[:, :1], images, *own, language[:, 1:], actions, *stop], dim=1))
 
     def forward(
@@ -172,6 +172,7 @@ class DenoisingLanguageModel(LanguageModel):
     def __init__(self, spec: LanguageVLASpec) -> None:
         super().__init__(spec)
         self.chunk, self.d_action = spec.readout.chunk, spec.readout.d_action
+        self.signal = squared_cosine_signal(spec.readout.n_steps)
         self.action_in_proj = Projector(1, self.d_model)
         self.head = MLPResNet(
             self.d_action * self.d_model, spec.readout.d_hidden, spec.readout.n_layers, self.d_action, "expert.head"
@@ -225,6 +226,15 @@ class DenoisedHead(nn.Module):
         return self.hook_actions(actions)
 
 
+def _head(readout: ReadoutSpec, sizes: DecoderSpec) -> RegressionHead | DenoisedHead | TokenHead:
+    if readout.kind == "regress":
+        return RegressionHead(readout, sizes.d_model)
+    if readout.kind == "diffuse":
+        return DenoisedHead(readout)
+    n_ids = (sizes.d_vocab or 0) - readout.n_padding_ids
+    return TokenHead(n_ids, readout.n_bins, readout.chunk, readout.d_action)
+
+
 class OpenVLA(Network):
     """The whole network: images and prompt to a normalised action chunk."""
 
@@ -233,16 +243,10 @@ class OpenVLA(Network):
         self.spec, readout = spec, spec.readout
         self.vision = Towers(spec.towers, spec.vlm.d_model if spec.film else None)
         self.connector = MLPConnector(self.vision.d_concat, spec.connector, spec.vlm.d_model, "gelu")
-        n_ids = (spec.vlm.d_vocab or 0) - readout.n_padding_ids
         if readout.kind == "diffuse":
             self.expert = DenoisingLanguageModel(spec)
-            self.head = DenoisedHead(readout)
         else:
             self.vlm = LanguageModel(spec)
-            regresses = readout.kind == "regress"
-            self.head = RegressionHead(readout, spec.vlm.d_model) if regresses else TokenHead(
-                n_ids, readout.n_bins, readout.chunk, readout.d_action
-            )  # fmt: skip
         if readout.kind == "generate":
             with torch.device("meta"):
                 blocks = [_block(spec.vlm, CachedAttention) for _ in range(spec.vlm.n_layers)]
@@ -251,6 +255,7 @@ class OpenVLA(Network):
                 spec.vlm.d_model, spec.vlm.d_head, spec.vlm.rope_base, self.vlm.d_vocab, blocks, norm
             )
             share_parameters(self, expand_ties(spec.tied, self.state_dict()))
+        self.head = _head(readout, spec.vlm)
 
     @property
     def language_model(self) -> LanguageModel:
@@ -297,7 +302,9 @@ class OpenVLA(Network):
             return self.token_logits(inputs)[:, :n_wanted].argmax(-1)
         hidden, caches, valid = self.read(inputs)
         layers = [CachedLayer(kv, n_tokens - 1) for kv in caches]
-        unembed = self.vlm.unembed
+
+        def unembed(hidden: Tensor) -> Tensor:
+            return self.vlm.unembed(hidden)
 
         def next_logits(token: Tensor, step: int) -> Tensor:
             return self.decode(self.vlm.embed(token[:, None]), step, valid, layers, unembed)
@@ -350,12 +357,11 @@ class OpenVLA(Network):
         language = expert.embed(inputs.tokens)
         images, state = self.image_tokens(inputs, language), expert.embed_state(inputs)
         layout = expert.layout(inputs, self.vision.n_patches)
-        signal = squared_cosine_signal(n_steps)
         x = draws.normal((inputs.batch_size, expert.chunk, expert.d_action))
         for step, time in enumerate(reversed(range(n_steps))):
             run.denoise_step = step
             x, noise = expert.denoise(x, time, language, images, state, layout)
-            x = ddim_step(x, noise, time, signal)
+            x = ddim_step(x, noise, time, expert.signal)
         run.denoise_step = None
         return x
 

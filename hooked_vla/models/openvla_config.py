@@ -167,6 +167,8 @@ def _read_readout(base: ReadoutSpec, checkpoint: Any, given: Mapping[str, Any]) 
     if not prefix and kind in _HEADS:
         # an OFT checkpoint without a head reads the language model's own logits
         kind = "parallel"
+    if kind not in ("generate", "parallel", *_HEADS) or (kind == "generate" and base.kind != "generate"):
+        raise ValueError(f"geometry.json: readout kind {kind!r} does not go with the files in {checkpoint.folder}")
     state = [key for key in checkpoint.tensors if key.startswith("proprio_projector/") and key.endswith("fc1.weight")]
     config = checkpoint.config
     readout = replace(

@@ -63,6 +63,8 @@ class PrefixModel(nn.Module):
         self.d_model, self.d_vocab = spec.d_model, spec.d_vocab
         self.d_head, self.rope_base = spec.d_head, spec.rope_base
         self.embed = nn.Embedding(spec.d_vocab, spec.d_model)
+        # of variance 1 when they are scaled: otherwise they drown what random blocks write
+        nn.init.normal_(self.embed.weight, std=spec.d_model**-0.5)
         heads = (spec.d_model, spec.n_heads, spec.n_kv_heads, spec.d_head)
         self.blocks = nn.ModuleList(
             decoder_block(spec, RotarySelfAttention(*heads, bias=False)) for _ in range(spec.n_layers)

@@ -96,3 +96,8 @@ def resnet_from_shapes(base: ResNetSpec, checkpoint: Any, prefix: str, stages: S
         n_blocks=tuple(layer_count(checkpoint, stage) for stage in (first, second, third, fourth)),
         norm=norm,
     )
+
+
+def resnet_name(spec: ResNetSpec) -> str:
+    """torchvision's name of the trunk."""
+    return "resnet34" if spec.n_blocks == (3, 4, 6, 3) else "resnet18"

@@ -94,6 +94,20 @@ class ExpertReads:
     domain: Int[Tensor, " batch"]
 
 
+class ExpertPositions(nn.Module):
+    """Learned positions of the expert's tokens, stored with a batch axis of 1."""
+
+    def __init__(self, n_positions: int, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, n_positions, d_model).normal_(std=0.02))
+
+    def forward(self, length: int) -> Float[Tensor, "length d_model"]:
+        """Raises ValueError for more positions than there are."""
+        if length > self.weight.shape[1]:
+            raise ValueError(f"{length} tokens for the expert, but there are {self.weight.shape[1]} positions")
+        return self.weight[0, :length].clone()
+
+
 class PromptedExpert(nn.Module):
     """Clean actions behind a noisy chunk. State and time are part of every action token."""
 
@@ -101,12 +115,12 @@ class PromptedExpert(nn.Module):
         super().__init__()
         self.d_model, self.d_time, self.n_prompts = spec.d_model, spec.d_time, spec.n_prompts
         self.chunk, self.d_action, self.d_state = sampler.chunk, sampler.d_action, sampler.d_state
-        self.grippers, self.max_period, self.n_positions = sampler.grippers, sampler.max_period, spec.n_positions
+        self.grippers, self.max_period = sampler.grippers, sampler.max_period
         d_in = sampler.d_action + sampler.d_state + spec.d_time
         self.action_in = DomainLinear(spec.n_domains, d_in, spec.d_model, flat=True)
         self.vlm_proj = _projection(spec, d_vlm)
         self.aux_proj = _projection(spec, d_vlm)
-        self.pos_embed = nn.Parameter(torch.empty(1, spec.n_positions, spec.d_model).normal_(std=0.02))
+        self.pos_embed = ExpertPositions(spec.n_positions, spec.d_model)
         d_head = spec.d_model // spec.n_heads
         self.blocks = nn.ModuleList(
             Block(
@@ -144,14 +158,11 @@ class PromptedExpert(nn.Module):
 
         Raises ValueError for more tokens than there are positions.
         """
-        length = self.chunk + encoded.shape[1] + aux.shape[1]
-        if length > self.n_positions:
-            raise ValueError(f"{length} tokens for the expert, but there are {self.n_positions} positions")
         prompts = rearrange(self.soft_prompts(domain), "b (p d) -> b p d", p=self.n_prompts) if self.n_prompts else None
         return ExpertReads(
             vlm=_project(self.vlm_proj, encoded, domain),
             aux=_project(self.aux_proj, aux, domain),
-            positions=self.pos_embed[0, :length].clone(),
+            positions=self.pos_embed(self.chunk + encoded.shape[1] + aux.shape[1]),
             soft_prompts=prompts,
             state=state.masked_fill(channel_mask(self.grippers, state), 0.0),
             domain=domain,
@@ -165,7 +176,7 @@ class PromptedExpert(nn.Module):
         embedded = self.hook_time(cossin_time(time, self.d_time, self.max_period))
         row = torch.cat([self.hook_state(reads.state), embedded], dim=-1)
         together = torch.cat([noisy, repeat(row, "b d -> b c d", c=self.chunk)], dim=-1)
-        actions = self.hook_embed_action(self.action_in(together.to(self.pos_embed.dtype), reads.domain))
+        actions = self.hook_embed_action(self.action_in(together.to(reads.positions.dtype), reads.domain))
         x = torch.cat([actions, self.hook_embed_vlm(reads.vlm), self.hook_embed_aux(reads.aux)], dim=1)
         x = x + self.hook_pos_embed(reads.positions)
         if reads.soft_prompts is not None:

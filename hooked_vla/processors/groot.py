@@ -81,15 +81,13 @@ class GrootProcessor(Processor):
         return inputs, raw
 
     def actions(self, padded: Float[Tensor, "batch step d_padded"], raw: bool) -> tuple[Tensor, Tensor]:
-        """Steps and dimensions of the robot, un-normalised for raw observations only.
-
-        Raises ValueError where un-normalising takes more than statistics.
-        """
-        normalized = padded[..., : self.features.d_action]
+        """The robot's dimensions; for raw observations also its steps only, and un-normalised."""
         if not raw:
+            normalized = padded[..., : self.features.d_action]
             return normalized, normalized
-        normalized = normalized[:, : self.robot.n_steps]
-        return self.normalizer.inverse(lerobot.ACTION, normalized), normalized
+        width = self.robot.width(lerobot.ACTION) or self.features.d_action
+        normalized = padded[:, : self.robot.n_steps, :width]
+        return self.robot.decode(normalized), normalized
 
     def _cameras(self, batch: Mapping[str, Any]) -> tuple[str, ...]:
         """The checkpoint's cameras; where it names none, the batch's in alphabetical order, as LeRobot takes them."""
@@ -136,7 +134,7 @@ class GrootProcessor(Processor):
                     f"{self.pixels!r} must be [image, 3, {side}, {side}] with as many images in each of {n_rows} rows; "
                     f"got {list(pixels.shape)}"
                 )
-            grid = (side // vision.patch_size,) * 2
+            grid = (side // vision.patch_size, side // vision.patch_size)
             n_tokens = grid[0] * grid[1]
             images = rearrange(pixels, "(b n) ... -> b n ...", b=n_rows)
         places = ((tokens == self.spec.image_token) & mask).sum(1)
@@ -200,11 +198,10 @@ class GrootProcessor(Processor):
 
     def _state(self, batch: Mapping[str, Any]) -> Float[Tensor, "batch d_state"]:
         state = _entry(batch, lerobot.OBS_STATE)
-        # NVIDIA's files do not say how wide the robot's state is
-        known = self.features.d_state < self.d_state
-        fits = state.ndim == 2 and (state.shape[1] == self.features.d_state or (not known and state.shape[1] < self.d_state))
+        # without statistics, NVIDIA's files do not say how wide the robot's state is
+        width = self.robot.width(lerobot.OBS_STATE) or self.features.d_state
+        fits = state.ndim == 2 and (state.shape[1] == width or width == self.d_state > state.shape[1])
         if not fits or not len(state) or not state.is_floating_point():
-            width = self.features.d_state if known else f"up to {self.d_state}"
             raise ValueError(
                 f"{lerobot.OBS_STATE} must be floats [batch, {width}], got {state.dtype} {list(state.shape)}"
             )

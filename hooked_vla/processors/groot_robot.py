@@ -70,18 +70,33 @@ class ImageRule:
 
 @dataclass(frozen=True)
 class Robot:
-    """The robot side of one checkpoint. n_steps: how many steps of a chunk are the robot's, None for all.
+    """The robot side of one checkpoint.
 
+    cameras: their names in order, None where the files have none. n_steps: how many steps of a chunk are the robot's,
+    None for all. gripper: dimension of an action that goes from 0..1 to LIBERO's 1 (below 0.5) or -1; None: none does.
     unsupported: why raw observations cannot be handled, empty where they can.
     """
 
     embodiment: int
     images: ImageRule
     formal: bool
-    normalizer: Normalizer
+    normalizer: RangeNormalizer
     cameras: tuple[str, ...] | None = None
     n_steps: int | None = None
+    gripper: int | None = None
     unsupported: str = ""
+
+    def width(self, key: str) -> int | None:
+        """Dimensions of state or action; None where there are no statistics."""
+        return self.normalizer.statistics[key]["min"].shape[-1] if key in self.normalizer.statistics else None
+
+    def decode(self, normalized: Float[Tensor, "batch step d_action"]) -> Float[Tensor, "batch step d_action"]:
+        """Actions in the robot's units."""
+        actions = self.normalizer.inverse(lerobot.ACTION, normalized)
+        if self.gripper is not None:
+            dimension = torch.arange(actions.shape[-1], device=actions.device)
+            actions = torch.where(dimension == self.gripper % len(dimension), -torch.sign(2 * actions - 1), actions)
+        return actions
 
 
 def read_robot(spec: FeatureVLASpec, files: Mapping[str, bytes]) -> Robot:
@@ -127,17 +142,21 @@ def _from_lerobot(robot: Robot, files: Mapping[str, bytes]) -> Robot:
                 unsupported=_several_frames(config.get("video_horizon")),
             )
             clip = config.get("clip_outliers", False)
-            robot = replace(robot, normalizer=replace(robot.normalizer, clip_state=clip, clip_action=clip))
+            robot = replace(robot, normalizer=replace(robot.normalizer, clip_state=clip))
         elif name == _ENCODE:
             robot = replace(robot, images=_image_rule(robot.images, config))
         elif name == _DECODE:
-            action = (config.get("modality_config") or {}).get("action", {})
-            robot = _with_decoding(robot, action, config.get("use_relative_action", False))
+            robot = _with_decoding(robot, config.get("modality_config") or {}, config.get("use_relative_action", False))
+            robot = replace(robot, normalizer=replace(robot.normalizer, clip_action=True))
             if config.get("action_decode_transform"):
-                what = f"action_decode_transform={config['action_decode_transform']!r}"
-                robot = replace(robot, unsupported=f"the checkpoint's {what} is not supported")
-        elif name in _UNPACK and config.get("libero_gripper_action"):
-            robot = replace(robot, unsupported="the checkpoint's libero_gripper_action is not supported")
+                robot = _with_gripper(robot, config)
+        elif name in _UNPACK:
+            clip = config.get("clip_normalized_action", False)
+            robot = replace(robot, normalizer=replace(robot.normalizer, clip_action=clip))
+            if config.get("libero_gripper_action"):
+                binary = config.get("libero_gripper_binarize", True)
+                robot = replace(robot, gripper=-1, unsupported=robot.unsupported if binary else "the checkpoint's "
+                                "gripper is not binary, which is not supported")  # fmt: skip
     ranges = {key: each for key, each in statistics.items() if {"min", "max"} <= each.keys()}
     return replace(robot, normalizer=replace(robot.normalizer, statistics=ranges))
 
@@ -165,14 +184,24 @@ def _from_nvidia(robot: Robot, files: Mapping[str, bytes]) -> Robot:
         cameras=tuple(video.get("modality_keys") or ()) or None,
         unsupported=_several_frames(len(video.get("delta_indices") or (0,))),
     )
-    return _with_decoding(robot, modalities[tag].get("action", {}), relative)
+    return _with_decoding(robot, modalities[tag], relative)
 
 
-def _with_decoding(robot: Robot, action: Mapping[str, Any], relative: bool) -> Robot:
+def _with_decoding(robot: Robot, modalities: Mapping[str, Any], relative: bool) -> Robot:
+    action = modalities.get("action", {})
     kinds = [each.get("rep") for each in action.get("action_configs") or [] if isinstance(each, Mapping)]
     if relative and any(str(kind).lower().endswith("relative") for kind in kinds):
         robot = replace(robot, unsupported="the checkpoint's actions are relative to the state, which is not supported")
     return replace(robot, n_steps=len(action.get("delta_indices") or ()) or None)
+
+
+def _with_gripper(robot: Robot, config: Mapping[str, Any]) -> Robot:
+    transform, groups = config["action_decode_transform"], config["modality_config"]["action"]["modality_keys"]
+    if transform != "libero" or "gripper" not in groups:
+        why = f"the checkpoint's action_decode_transform={transform!r} over {groups} is not supported"
+        return replace(robot, unsupported=why)
+    widths = [len(config["raw_stats"]["action"][group]["min"]) for group in groups]
+    return replace(robot, gripper=sum(widths[: groups.index("gripper")]))
 
 
 def _joined(groups: Sequence[Mapping[str, Any]], names: tuple[str, str]) -> dict[str, Tensor]:

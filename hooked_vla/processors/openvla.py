@@ -33,12 +33,18 @@ _EPS = 1e-8
 class OpenVLAProcessor(Processor):
     """A batch of the public entry point, or an observation, to PromptedInputs; actions back to the robot's units."""
 
-    def __init__(self, spec: LanguageVLASpec, tokenizer: Tokenizer, statistics: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        spec: LanguageVLASpec,
+        tokenizer: Tokenizer,
+        statistics: Mapping[str, Any],
+        means: Sequence[Sequence[float]],
+        stds: Sequence[Sequence[float]],
+    ) -> None:
         super().__init__(spec.features, Normalizer({}), tokenizer, spec.readout.d_state, spec.vlm.d_vocab or 0)
         self.spec, self.statistics = spec, statistics
         self.unnorm_key: str | None = None
-        self.mean = torch.tensor([value for tower in spec.towers.values() for value in tower.mean])
-        self.std = torch.tensor([value for tower in spec.towers.values() for value in tower.std])
+        self.mean, self.std = torch.tensor(means).flatten(), torch.tensor(stds).flatten()
 
     @classmethod
     def from_files(
@@ -48,12 +54,24 @@ class OpenVLAProcessor(Processor):
         files: Mapping[str, bytes],
         statistics: Mapping[str, Mapping[str, Tensor]],
     ) -> "OpenVLAProcessor":
-        """Statistics from dataset_statistics.json, or else config.json."""
+        """Statistics from dataset_statistics.json, or else config.json; of the channels from preprocessor_config.json.
+
+        Raises ValueError for a way of resizing images that is not supported.
+        """
         config = json.loads(files.get("config.json", b"{}"))
         by_dataset = config.get("norm_stats") or {}
         if "dataset_statistics.json" in files:
             by_dataset = json.loads(files["dataset_statistics.json"])
-        return cls(spec, Tokenizer(spec.features, folder, spec.vlm.d_vocab or 0), by_dataset)
+        images = json.loads(files.get("preprocessor_config.json", b"{}"))
+        for option, only in (
+            ("image_resize_strategy", "resize-naive"),
+            ("interpolations", ["bicubic"] * len(spec.towers)),
+        ):
+            if images.get(option, only) != only:
+                raise ValueError(f"preprocessor_config.json: {option}={images[option]!r} is not supported, only {only}")
+        means = images.get("means", [tower.mean for tower in spec.towers.values()])
+        stds = images.get("stds", [tower.std for tower in spec.towers.values()])
+        return cls(spec, Tokenizer(spec.features, folder, spec.vlm.d_vocab or 0), by_dataset, means, stds)
 
     def with_key(self, unnorm_key: str) -> "OpenVLAProcessor":
         """The same processor with one dataset's statistics.

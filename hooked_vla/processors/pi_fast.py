@@ -37,7 +37,7 @@ class FastTokenizer:
 
     @classmethod
     def from_files(cls, name: str, folder: Path | None) -> "FastTokenizer":
-        """The tokenizer in the checkpoint's folder, or from the hub; "bytes": one coefficient a token, by its id modulo 256.
+        """The tokenizer in the checkpoint's folder, or from the hub; "bytes": a coefficient a token, its id modulo 256.
 
         Raises OSError saying where it was looked for.
         """

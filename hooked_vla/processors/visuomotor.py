@@ -149,7 +149,8 @@ class VisuomotorProcessor(Processor):
     def _steps(self, key: str, value: Tensor, single_ndim: int) -> Tensor:
         n = self.features.n_obs_steps
         if value.ndim == single_ndim:
-            return repeat(value, "b ... -> b s ...", s=n)
+            # in memory too: kernels for broadcast tensors round differently
+            return repeat(value, "b ... -> b s ...", s=n).contiguous()
         if value.ndim != single_ndim + 1 or value.shape[1] != n:
             raise ValueError(f"{key} must have {n} observation steps along its second axis, got {list(value.shape)}")
         return value
@@ -158,7 +159,9 @@ class VisuomotorProcessor(Processor):
 class KeypointProcessor(VisuomotorProcessor):
     """The same for encoders that read images of one size: resized, then cropped in the middle."""
 
-    def __init__(self, features: FeatureSpec, normalizer: Normalizer, vision: ResNetSpec, keypoints: KeypointSpec) -> None:
+    def __init__(
+        self, features: FeatureSpec, normalizer: Normalizer, vision: ResNetSpec, keypoints: KeypointSpec
+    ) -> None:
         super().__init__(features, normalizer)
         self.size, self.resize = image_size(vision, keypoints), keypoints.resize
 

@@ -185,7 +185,9 @@ def test_made_checkpoints_load_as_they_were(tiny: HookedVLA, tmp_path: Path) -> 
     again = HookedVLA.from_pretrained(tmp_path)
     assert again.spec == replace(tiny.spec, features=again.spec.features)
     assert again.spec.features == tiny.spec.features
-    assert torch.equal(again.predict_action_chunk(observation(), NOISE), tiny.predict_action_chunk(observation(), NOISE))
+    assert torch.equal(
+        again.predict_action_chunk(observation(), NOISE), tiny.predict_action_chunk(observation(), NOISE)
+    )
 
 
 def test_lerobot_layout_loads(name: str, golden: Golden, tmp_path: Path) -> None:
@@ -285,6 +287,15 @@ def test_padding_is_read_as_the_public_model_reads_it(name: str, golden: Golden,
     expected = 1 / blind.shape[-1] if model.spec.padding_attends_evenly else 0.0
     torch.testing.assert_close(blind, torch.full_like(blind, expected))
     assert model.spec.padding_attends_evenly == (name == "groot_n15")
+
+
+@pytest.mark.parametrize("wanted", ["vlm.blocks.*.hook_resid_pre", "vlm.*"])
+def test_gradients_are_finite_where_a_query_sees_nothing(golden: Golden, wanted: str) -> None:
+    """In fused attention, and in the explicit one that runs when patterns are cached."""
+    model = HookedVLA.from_pretrained(golden.folder)
+    _, cache = model.run_with_cache(golden.batch, wanted, noise=golden.noise, incl_bwd=True)
+    gradients = [name for name in cache if name.endswith("_grad")]
+    assert gradients and all(cache[name].isfinite().all() for name in gradients)
 
 
 def golden_row(model: HookedVLA, golden: Golden) -> Tensor:

@@ -255,6 +255,14 @@ def test_an_unknown_chunk_length_is_asked_for(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     geometry = json.loads((tmp_path / "geometry.json").read_text())
     assert HookedVLA.from_pretrained(tmp_path).spec.readout.chunk == 5
+    geometry["readout"]["kind"] = "generate"
+    (tmp_path / "geometry.json").write_text(json.dumps(geometry))
+    assert HookedVLA.from_pretrained(tmp_path).spec.readout.kind == "regress"
+    head = tmp_path / "action_head--latest_checkpoint.pt"
+    head.rename(tmp_path / "action_head.away")
+    with pytest.raises(ValueError, match="readout kind 'generate' does not go with the files"):
+        HookedVLA.from_pretrained(tmp_path)
+    (tmp_path / "action_head.away").rename(head)
     del geometry["readout"]["chunk"]
     (tmp_path / "geometry.json").write_text(json.dumps(geometry))
     with pytest.raises(ValueError, match="3 action dimensions.*chunk"):
@@ -633,3 +641,41 @@ def test_bad_observations_say_what_is_wrong() -> None:
         model(replace(obs, instruction="x" * 200))
     with pytest.raises(TypeError, match="does not generate tokens"):
         model.generate_action_tokens(obs)
+
+
+@torch.no_grad()
+def test_each_tower_has_a_residual_stream_of_its_own(recorded: Golden, model: HookedVLA) -> None:
+    _, cache = model.run_with_cache(recorded.batch, "vision.*")
+    for tower, sizes in model.spec.towers.items():
+        last = cache[f"vision.{tower}.blocks.{sizes.n_layers - 2}.hook_resid_post"]
+        parts, labels = cache.decompose_resid(f"vision.{tower}")
+        assert len(labels) == 1 + 2 * (sizes.n_layers - 1)
+        assert_close(parts.sum(0), last)
+        assert torch.equal(cache.accumulated_resid(f"vision.{tower}")[-1], last)
+    features = cache["vision.hook_concat"]
+    assert torch.equal(
+        features[..., : model.spec.towers["dino"].d_model], cache["vision.dino.blocks.2.hook_resid_post"][:, 5:]
+    )
+
+
+def test_parts_of_the_model_on_disk(recorded: Golden, model: HookedVLA, tmp_path: Path) -> None:
+    # `decode` shares the weights of `vlm`, and is where they are
+    places = {way: "disk" if way in ("vision", "vlm", "decode") else "cpu" for way, _ in model.net.named_children()}
+    split = HookedVLA.from_pretrained(recorded.folder, device_map=places, offload_dir=tmp_path)
+    assert torch.equal(split.predict_action_chunk(recorded.batch), model.predict_action_chunk(recorded.batch))
+
+
+def test_channel_statistics_come_from_the_checkpoint(tmp_path: Path) -> None:
+    model = tiny("openvla")
+    model.save_pretrained(tmp_path)
+    means, stds = [[0.5, 0.25, 0.0], [0.0, 0.0, 0.0]], [[1.0, 1.0, 1.0], [0.5, 0.5, 0.5]]
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps({"means": means, "stds": stds, "interpolations": ["bicubic"] * 2}))
+    again = HookedVLA.from_pretrained(tmp_path)
+    images = again.prepare(observation(("agent",))).images[:, 0]
+    levels = images[:, 3:] / 2
+    assert_close(images[:, :3] + torch.tensor(means[0])[:, None, None], levels)
+    assert_close(levels * 255, (levels * 255).round(), torch.bfloat16)
+    file.write_text(json.dumps({"interpolations": ["bilinear"] * 2}))
+    with pytest.raises(ValueError, match="interpolations=.*bilinear.*not supported"):
+        HookedVLA.from_pretrained(tmp_path)
