@@ -30,7 +30,7 @@ FUSED = "everything but scores and patterns cached"
 # our budget: ratios to a native forward pass
 LIMITS = {("full", NO_HOOKS): 1.02, ("tiny", NO_HOOKS): 1.05, ("tiny", EVERYTHING): 1.2}
 # the first calls of a size touch fresh memory; a full-size chunk takes seconds, a tiny one milliseconds
-ROUNDS = {"tiny": 200, "full": 7}
+ROUNDS = {"tiny": 200, "full": 6}
 QUICK_ROUNDS = 60
 WARMUP = {"tiny": 5, "full": 1}
 CAMERA_PIXELS = {"tiny": 64, "full": 256}

@@ -1,7 +1,8 @@
 """Timing several variants of one computation against each other, on a machine that others may be using too.
 
-Variants run in turns, one call each per round, so that whatever slows the machine slows all of them alike. A ratio is
-the median over rounds of variant / baseline within the round; a time is the median over rounds.
+Variants run in turns, one call each per round, so that whatever slows the machine slows all of them alike; on one
+thread it is the processor's time that counts, so that waiting for a core does not. A ratio is the median over rounds
+of variant / baseline within the round; a time is the median over rounds.
 """
 
 import gc
@@ -54,8 +55,14 @@ class Target:
     met: bool
 
 
+def clock() -> tuple[str, Callable[[], float]]:
+    """The time that is measured: the process's own on one thread, else what passes on the wall."""
+    return ("processor", time.process_time) if torch.get_num_threads() == 1 else ("wall", time.perf_counter)
+
+
 def in_turns(variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int, label: str) -> Times:
     """Seconds of every call, its result freed: name -> one time per round. Each round starts with another variant."""
+    _, now = clock()
     names = list(variants)
     times: dict[str, list[float]] = {name: [] for name in names}
     # what imports and models left behind is not searched for garbage within a timed call
@@ -65,9 +72,9 @@ def in_turns(variants: Mapping[str, Callable[[], object]], rounds: int, warmup: 
         for i in tqdm(range(-warmup, rounds), desc=label, unit="round", leave=False, mininterval=1.0):
             gc.collect()
             for name in names[i % len(names) :] + names[: i % len(names)]:
-                start = time.perf_counter()
+                start = now()
                 variants[name]()
-                seconds = time.perf_counter() - start
+                seconds = now() - start
                 if i >= 0:
                     times[name].append(seconds)
     finally:
@@ -101,17 +108,19 @@ def check_targets(rows: Sequence[Row], limits: Mapping[tuple[str, str], float]) 
 def per_call_us(fn: Callable[[Any], object], argument: object, calls: int = 100_000) -> float:
     """Microseconds of one call, the loop around it taken off; the least of five tries."""
 
+    _, now = clock()
+
     def loop() -> float:
-        start = time.perf_counter()
+        start = now()
         for _ in range(calls):
             fn(argument)
-        return time.perf_counter() - start
+        return now() - start
 
     def empty_loop() -> float:
-        start = time.perf_counter()
+        start = now()
         for _ in range(calls):
             pass
-        return time.perf_counter() - start
+        return now() - start
 
     loop()
     return (min(loop() for _ in range(5)) - min(empty_loop() for _ in range(5))) / calls * 1e6
@@ -126,6 +135,7 @@ def machine(threads: int) -> dict[str, Any]:
         "system": platform.system(),
         "python": platform.python_version(),
         "threads": threads,
+        "clock": clock()[0],
     }
 
 

@@ -198,7 +198,9 @@ class Draws:
         draw, (rows, options) = self._next().to(self.device), weights.shape
         if draw.is_floating_point() and draw.shape == weights.shape:
             chosen = (weights / draw).argmax(-1, keepdim=True)
-        elif tuple(draw.shape) == (rows, 1) and not draw.is_floating_point() and 0 <= draw.min() and draw.max() < options:
+        elif (
+            tuple(draw.shape) == (rows, 1) and not draw.is_floating_point() and 0 <= draw.min() and draw.max() < options
+        ):
             chosen = draw.long()
         else:
             raise ValueError(

@@ -20,12 +20,11 @@ SPEC = FeatureVLASpec(
     config_type="gr00t_n1_5|groot",
     description="SigLIP-So400m, 12 layers of Qwen3-1.7B, and a DiT that alternates cross- and self-attention",
     paper="https://arxiv.org/abs/2503.14734",
-    licence="NVIDIA OneWay Noncommercial License (weights), Apache-2.0 (code)",
+    licence="code Apache-2.0; weights under NVIDIA's licence, see the checkpoint",
     source="LeRobot 0.5.1 policies/groot",
     n_parameters=2_413_522_880,
     checkpoints=(
         CheckpointSpec("nvidia/GR00T-N1.5-3B", "base, 32 embodiments"),
-        CheckpointSpec("Tacoin/GR00T-N1.5-3B-LIBERO-4-SUITES", "LIBERO fine-tune by a third party"),
     ),
     vision=VisionSpec(
         image_size=224, patch_size=14, d_model=1152, n_layers=27, n_heads=16, d_mlp=4304,

@@ -83,7 +83,9 @@ def resnet_from_shapes(base: ResNetSpec, checkpoint: Any, prefix: str, stages: S
     Raises ValueError for a ResNet of bottleneck blocks (ResNet-50 and deeper) and for cameras of several sizes.
     """
     if f"{prefix}{stages[0]}.0.conv3.weight" in checkpoint.tensors:
-        raise ValueError(f"{prefix}: bottleneck blocks (ResNet-50 and deeper) are not supported, only ResNet-18 and -34")
+        raise ValueError(
+            f"{prefix}: bottleneck blocks (ResNet-50 and deeper) are not supported, only ResNet-18 and -34"
+        )
     inputs = checkpoint.config["input_features"]
     sizes = {tuple(each["shape"][1:]) for each in inputs.values() if each["type"] == "VISUAL"}
     if len(sizes) != 1:

@@ -16,7 +16,7 @@ def test_quick_run_writes_every_ratio(tmp_path: Path) -> None:
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     result = json.loads(file.read_text())
     assert set(result) == {"machine", "torch", "commit", "date", "sizes", "idle_call", "rows", "targets"}
-    assert set(result["machine"]) == {"cpu", "cores", "memory_gb", "system", "python", "threads"}
+    assert set(result["machine"]) == {"cpu", "cores", "memory_gb", "system", "python", "threads", "clock"}
     tiny = result["sizes"]["tiny"]
     assert tiny["reference"] == "no hook points"
     assert tiny["max_action_difference"] < 1e-5
