@@ -17,7 +17,7 @@ demo: install
 	$(BIN)/hooked-vla demo
 
 test: install
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .

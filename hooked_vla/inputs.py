@@ -199,7 +199,7 @@ class Draws:
         if draw.is_floating_point() and draw.shape == weights.shape:
             chosen = (weights / draw).argmax(-1, keepdim=True)
         elif (
-            tuple(draw.shape) == (rows, 1) and not draw.is_floating_point() and 0 <= draw.min() and draw.max() < options
+            tuple(draw.shape) == (rows, 1) and not draw.is_floating_point() and draw.min() >= 0 and draw.max() < options
         ):
             chosen = draw.long()
         else:

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from hooked_vla import list_models
 from hooked_vla.cli import app
 
-runner = CliRunner(env={"COLUMNS": "160"})
+runner = CliRunner(env={"COLUMNS": "160", "TERM": "xterm"})
 
 
 def test_models_are_listed() -> None:
@@ -18,7 +18,7 @@ def test_models_are_listed() -> None:
 @pytest.mark.parametrize("name", list_models())
 def test_hooks_and_info_of_every_model(name: str) -> None:
     hooks = runner.invoke(app, ["hooks", name])
-    assert hooks.exit_code == 0 and "hook points in" in hooks.output and "hook_actions" in hooks.output
+    assert hooks.exit_code == 0 and "hook points in" in hooks.output and "head.hook_action" in hooks.output
     info = runner.invoke(app, ["info", name])
     assert info.exit_code == 0 and "parameters" in info.output and "dead ends" in info.output
 

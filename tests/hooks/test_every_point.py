@@ -2,6 +2,7 @@
 
 import fnmatch
 
+import jaxtyping
 import pytest
 import torch
 from conftest import read_golden
@@ -61,6 +62,15 @@ def test_cache_holds_each_tensor_once_and_as_much_as_estimated(case) -> None:
         assert model.cache_size(golden.batch, names_filter) == some.nbytes, names_filter
 
 
+@pytest.fixture
+def unchecked_shapes():
+    """Runtime shape checks off: the other tests have them on for the same runs, and they take most of the time."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_editing_a_point_changes_the_actions_unless_it_is_a_dead_end(case) -> None:
     model, golden, dtype, *_ = case
     # tokens change by jumps only: where actions are tokens, a change of their scores counts too
