@@ -174,7 +174,7 @@ def measure(size: str, baseline: Baseline, rounds: int, console: Console) -> tup
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="tiny only, in under a minute")] = False,
-    size: Annotated[str, typer.Option(help="tiny, full (about 8 GB of memory) or both")] = "both",
+    size: Annotated[str, typer.Option(help="tiny, full (about 10 GB of memory) or both")] = "both",
     json_file: Annotated[Path, typer.Option("--json", help="where the result goes")] = RESULTS / "bench_hooks_cpu.json",
     baseline: Annotated[str, typer.Option(help="auto, lerobot or stripped")] = "auto",
     threads: Annotated[int, typer.Option(help="of torch")] = 1,

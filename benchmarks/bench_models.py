@@ -109,16 +109,18 @@ def main() -> None:
         print(json.dumps(step(options.models[0], options.folder)))
         return
     rows = []
+    about = {"machine": machine(options.threads), "torch": torch.__version__, "commit": commit(), "dtype": "bfloat16"}
     for name in tqdm(options.models, unit="model"):
         with tempfile.TemporaryDirectory() as folder:
             in_own_process("build", name, folder, options.threads)
             rows.append(in_own_process("run", name, folder, options.threads))
-    table = Table(*(key.replace("_", " ") for key in rows[0]))
+        # after every model: the next one may not fit
+        write_json(options.json, about | {"rows": rows})
+    table = Table("model", "weights GB", "loading ÷ weights", "peak GB", "loading s", "chunk s", "all residuals GB")
+    columns = ("model", "weights_gb", "loading_peak_over_weights", "peak_gb", "loading_s", "chunk_s", "residuals_gb")
     for row in rows:
-        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
+        table.add_row(*(str(row[column]) for column in columns))
     Console().print(table)
-    about = {"machine": machine(options.threads), "torch": torch.__version__, "commit": commit(), "dtype": "bfloat16"}
-    write_json(options.json, about | {"rows": rows})
 
 
 if __name__ == "__main__":

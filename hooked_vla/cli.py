@@ -17,7 +17,6 @@ from hooked_vla.weights import open_checkpoint
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Interpretability for vision-language-action models."
 )
-console = Console()
 
 
 class CommandError(typer.BadParameter):
@@ -27,6 +26,7 @@ class CommandError(typer.BadParameter):
 @app.command()
 def models() -> None:
     """List the models."""
+    console = Console()
     table = Table("model", "parameters", "description", "checkpoints")
     for name in registry.list_models():
         spec = registry.get_spec(name)
@@ -44,6 +44,7 @@ def hooks(
     markdown: Annotated[bool, typer.Option(help="print Markdown, as in docs/hooks.md")] = False,
 ) -> None:
     """Print every hook point with shape, dtype and meaning."""
+    console = Console()
     hooked = _load_skeleton(model, size)
     if markdown:
         typer.echo(hooks_markdown(hooked))
@@ -67,6 +68,7 @@ def hooks(
 @app.command()
 def info(checkpoint: Annotated[str, typer.Argument(help="a checkpoint's folder or hub id, or a model's name")]) -> None:
     """Say what a checkpoint is: family, sizes, cameras, normalisation, what loading uses and drops."""
+    console = Console()
     hooked = _load_skeleton(checkpoint, "full")
     spec = hooked.spec
     console.print(f"[bold]{spec.name}[/bold] · {spec.description}")

@@ -146,11 +146,6 @@ def positive(config: Mapping[str, Any], option: str, default: Any, kind: type = 
     return value
 
 
-def is_statistics_key(key: str) -> bool:
-    """Whether a weight file's key is a normaliser's buffer."""
-    return _BUFFER.fullmatch(key) is not None
-
-
 def statistics_of_buffers(keys: Iterable[str], feature_keys: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Buffer key -> (feature key, statistic), for older checkpoints; buffers write dots as underscores.
 

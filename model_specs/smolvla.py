@@ -138,7 +138,7 @@ TINY = replace(
     vlm=replace(SPEC.vlm, d_model=64, n_layers=4, n_heads=4, n_kv_heads=2, d_head=16, d_mlp=128, d_vocab=258),
     expert=ExpertSpec(
         decoder=replace(
-            SPEC.expert.decoder, d_model=48, n_layers=4, n_heads=4, n_kv_heads=2, d_head=16, d_mlp=128
+            SPEC.expert.decoder, d_model=48, n_layers=4, n_heads=4, n_kv_heads=2, d_head=16, d_mlp=256
         ),
         schedule=("joint", "cross") * 2,
     ),

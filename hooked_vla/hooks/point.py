@@ -158,6 +158,16 @@ class HookPoint:
     def _visit(self, value: Tensor) -> Tensor:
         step = self.run.denoise_step
         now = [each for each in self.listeners if each.at_steps is None or step in each.at_steps]
+        # listeners stand in this order, and most often there is one, which captures
+        if now and now[0].order != CAPTURE:
+            value = self._change(value, now)
+        for listener in now:
+            if listener.order == CAPTURE:
+                listener.fired = True
+                self._call(listener.fn, value)
+        return value
+
+    def _change(self, value: Tensor, now: Sequence[Listener]) -> Tensor:
         edits = [each for each in now if each.order == EDIT]
         if edits:
             value = self._edit(value, edits)
@@ -167,9 +177,6 @@ class HookPoint:
             value = value.view_as(value)
             for listener in watches:
                 self._watch_gradient(value, listener)
-        for listener in now[len(edits) + len(watches) :]:
-            listener.fired = True
-            self._call(listener.fn, value)
         return value
 
     def _edit(self, value: Tensor, edits: Sequence[Listener]) -> Tensor:

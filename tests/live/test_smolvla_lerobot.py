@@ -321,8 +321,9 @@ def test_lerobot_reads_what_we_save(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("schedule", ["joint cross joint cross", "joint cross cross joint", "cross " * 4, "joint " * 4])
 def test_lerobot_reads_a_model_made_from_a_spec(schedule: str, tmp_path: Path) -> None:
     spec = registry.get_spec("smolvla", size="tiny")
-    assert isinstance(spec, FlowVLASpec) and spec.vlm.d_vocab is not None
+    assert isinstance(spec, FlowVLASpec)
     spec = replace(spec, expert=replace(spec.expert, schedule=tuple(schedule.split())))
+    assert spec.vlm.d_vocab is not None
     model = HookedVLA.from_network(spec, registry.build_network(spec).eval())
     lerobot.redraw(model.net, seed=4)
     model.save_pretrained(tmp_path)
