@@ -7,18 +7,12 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-# no step may remove more than this share of the signal (diffusers: betas_for_alpha_bar)
-_MAX_BETA = 0.999
+from hooked_vla.components.denoising import squared_cosine_betas
 
 
 def squared_cosine_signal(n_steps: int) -> list[float]:
     """Share of the signal's variance left after step t = 0 .. n_steps - 1, in float32 as the source stores it."""
-
-    def level(fraction: float) -> float:
-        return math.cos((fraction + 0.008) / 1.008 * math.pi / 2) ** 2
-
-    betas = [min(1 - level((t + 1) / n_steps) / level(t / n_steps), _MAX_BETA) for t in range(n_steps)]
-    alphas = 1 - np.array(betas, dtype=np.float32)
+    alphas = 1 - np.array(squared_cosine_betas(n_steps), dtype=np.float32)
     return alphas.cumprod(dtype=np.float64).astype(np.float32).tolist()
 
 

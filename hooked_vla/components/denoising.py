@@ -22,14 +22,13 @@ _MAX_BETA = 0.999
 _MIN_VARIANCE = 1e-20
 
 
-def _squared_cosine(n: int) -> Float[Tensor, " n"]:
-    """arXiv 2102.09672."""
+def squared_cosine_betas(n: int) -> list[float]:
+    """Share of the signal's variance that each of n steps removes (arXiv 2102.09672)."""
 
     def level(fraction: float) -> float:
         return math.cos((fraction + 0.008) / 1.008 * math.pi / 2) ** 2
 
-    betas = [min(1 - level((t + 1) / n) / level(t / n), _MAX_BETA) for t in range(n)]
-    return torch.tensor(betas, dtype=torch.float32, device="cpu")
+    return [min(1 - level((t + 1) / n) / level(t / n), _MAX_BETA) for t in range(n)]
 
 
 def noise_schedule(spec: SamplerSpec) -> Float[Tensor, " n_train_steps"]:
@@ -39,7 +38,7 @@ def noise_schedule(spec: SamplerSpec) -> Float[Tensor, " n_train_steps"]:
     """
     n, start, end = spec.n_train_steps, spec.beta_start, spec.beta_end
     if spec.schedule == "squaredcos_cap_v2":
-        betas = _squared_cosine(n)
+        betas = torch.tensor(squared_cosine_betas(n), dtype=torch.float32, device="cpu")
     elif spec.schedule == "linear":
         betas = torch.linspace(start, end, n, device="cpu")
     elif spec.schedule == "scaled_linear":
