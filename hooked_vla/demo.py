@@ -186,10 +186,11 @@ def act(
     model: HookedVLA, name: str, seed: int, steps: int, generator: torch.Generator
 ) -> tuple[Observation, dict[str, Any]]:
     """Let the policy act in a scene; its first observation, and what happened."""
-    from hooked_vla.rollouts.tabletop import TabletopEnv, observation
+    from hooked_vla.rollouts.suites import observation
+    from hooked_vla.rollouts.tabletop import TabletopEnv
 
     block, pad = GOALS[name]
-    env = TabletopEnv(IMAGE_SIZE, block, pad)
+    env = TabletopEnv("goal", f"{block}-{pad}", IMAGE_SIZE)
     obs, info = env.reset(seed=seed)
     first, states = observation(obs), [obs["state"]]
     model.reset()

@@ -22,7 +22,8 @@ LAYERS = [
     {"registry", "weights", "part_files", "model_specs"},
     {"vla"},
     {"describe", "interventions", "sae", "analysis"},
-    {"rollouts", "demo_measure", "demo_figures", "demo"},
+    {"rollouts"},
+    {"training", "demo_measure", "demo_figures", "demo"},
     {"atlas", "cli"},
 ]
 # these work on any hooked model

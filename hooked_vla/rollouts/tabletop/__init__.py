@@ -1,19 +1,35 @@
-"""A small MuJoCo tabletop: blocks, pads, and a gantry gripper that picks and places by real contact.
+"""A small MuJoCo tabletop: blocks, pads, and a suction cup on a gantry that picks and places by real contact.
 
-Importing this registers the Gymnasium id `hooked_vla/Tabletop-v0`.
+Importing this registers the Gymnasium id `hooked_vla/Tabletop-v0`; `suite` and `task` are its arguments.
 """
+
+from collections.abc import Sequence
 
 from hooked_vla.rollouts import needs_sim_extra
 
 with needs_sim_extra():
     import gymnasium
 
-    from hooked_vla.rollouts.tabletop.env import TabletopEnv, observation
-    from hooked_vla.rollouts.tabletop.scene import BLOCKS, PADS
+    from hooked_vla.rollouts.suites import Suite, SuiteTask
+    from hooked_vla.rollouts.tabletop.env import FPS, TabletopEnv
+    from hooked_vla.rollouts.tabletop.scene import BLOCKS, CAMERAS, PADS
+    from hooked_vla.rollouts.tabletop.tasks import TASKS
 
 ENV_ID = "hooked_vla/Tabletop-v0"
+# the scripted expert takes about 35 steps, 70 where it is told to be slow
+MAX_STEPS = 120
 
-# a scripted pick and place takes about 95 steps
-gymnasium.register(ENV_ID, "hooked_vla.rollouts.tabletop.env:TabletopEnv", max_episode_steps=200)
+gymnasium.register(ENV_ID, "hooked_vla.rollouts.tabletop.env:TabletopEnv", max_episode_steps=MAX_STEPS)
 
-__all__ = ["BLOCKS", "ENV_ID", "PADS", "TabletopEnv", "observation"]
+
+def _suite(name: str) -> Suite:
+    def make(task: str, cameras: Sequence[str], image_size: int) -> TabletopEnv:
+        return TabletopEnv(name, task, image_size, cameras)
+
+    tasks = tuple(SuiteTask(task.id, task.instruction) for task in TASKS[name])
+    return Suite(name, tasks, CAMERAS, d_state=4, d_action=4, max_steps=MAX_STEPS, fps=FPS, make=make)
+
+
+SUITES = {name: _suite(name) for name in TASKS}
+
+__all__ = ["BLOCKS", "CAMERAS", "ENV_ID", "MAX_STEPS", "PADS", "SUITES", "TASKS", "TabletopEnv"]
