@@ -11,12 +11,17 @@ from rich.table import Table
 
 from hooked_vla import registry
 from hooked_vla.describe import hook_table, hooks_markdown, n_parameters, pathways
+from hooked_vla.rollouts.cli import rollouts
+from hooked_vla.serving.cli import serve
 from hooked_vla.vla import HookedVLA
 from hooked_vla.weights import open_checkpoint
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Interpretability for vision-language-action models."
 )
+
+app.command()(rollouts)
+app.command()(serve)
 
 
 class CommandError(typer.BadParameter):

@@ -66,16 +66,19 @@ class ModelInputs:
 
     Each kind of network has its own subclass; tensors with as many rows as the batch are cut by `rows`.
     raw: made from a raw observation, so that the actions are to be un-normalised.
+    features: what `Network.vision_features` made of the images; the vision tower is then not run, its hook points do
+    not fire, and images may be None. The axes before the places are those of the images.
     """
 
     raw: bool = field(default=False, kw_only=True)
+    features: Float[Tensor, "batch *place d_vision"] | None = field(default=None, kw_only=True)
 
     @property
     def batch_size(self) -> int:
         raise NotImplementedError
 
     def rows(self: Inputs, rows: Sequence[int] | slice) -> Inputs:
-        """The same inputs for some batch rows only."""
+        """The same inputs for some batch rows only; a row may come more than once."""
         pick = rows if isinstance(rows, slice) else list(rows)
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return replace(self, **{name: value[pick] for name, value in values.items() if isinstance(value, Tensor)})
@@ -85,7 +88,7 @@ class ModelInputs:
 class VLAInputs(ModelInputs):
     """Inputs of a model that reads camera images, text and proprioception."""
 
-    images: Float[Tensor, "batch camera channel height width"]
+    images: Float[Tensor, "batch camera channel height width"] | None
     image_mask: Bool[Tensor, "batch camera"]
     tokens: Int[Tensor, "batch text"]
     token_mask: Bool[Tensor, "batch text"]
@@ -123,7 +126,7 @@ class EmbodiedInputs(ModelInputs):
     grid: rows and columns of patches of every image. tokens are padded anywhere; token_mask says where they are not.
     """
 
-    images: Float[Tensor, "batch camera *image"]
+    images: Float[Tensor, "batch camera *image"] | None
     tokens: Int[Tensor, "batch text"]
     token_mask: Bool[Tensor, "batch text"]
     state: Float[Tensor, "batch d_state"]
@@ -150,7 +153,8 @@ class StepInputs(ModelInputs):
 
     @property
     def batch_size(self) -> int:
-        return next(len(each) for each in (self.images, self.state, self.environment) if each is not None)
+        given = (self.images, self.features, self.state, self.environment)
+        return next(len(each) for each in given if each is not None)
 
     def follow(self, history: "Sequence[StepInputs]") -> "StepInputs":
         """The last step of each of `history`, then this one's, as successive steps."""
@@ -160,7 +164,7 @@ class StepInputs(ModelInputs):
             parts = [getattr(each, name) for each in steps]
             return None if parts[0] is None else torch.cat([part[:, -1:] for part in parts], dim=1)
 
-        return replace(self, images=join("images"), state=join("state"), environment=join("environment"))
+        return replace(self, **{name: join(name) for name in ("images", "features", "state", "environment")})
 
 
 class Draws:
@@ -178,12 +182,40 @@ class Draws:
         """
         if self.given is None:
             return torch.randn(tuple(shape), device=self.device)
+        return self._shaped(shape)
+
+    def uniform(self, shape: Sequence[int]) -> Tensor:
+        """A float32 draw from 0..1.
+
+        Raises ValueError when the next given draw has another shape or other values, or there is none.
+        """
+        if self.given is None:
+            return torch.rand(tuple(shape), device=self.device)
+        return self._share(shape)
+
+    def beta(self, alpha: float, shape: Sequence[int]) -> Tensor:
+        """A float32 draw from Beta(alpha, 1), which lies in 0..1 and has the distribution function x^alpha.
+
+        Raises ValueError when the next given draw has another shape or other values, or there is none.
+        """
+        if self.given is None:
+            return torch.rand(tuple(shape), device=self.device) ** (1 / alpha)
+        return self._share(shape)
+
+    def integers(self, n: int, shape: Sequence[int]) -> Int[Tensor, "*shape"]:
+        """A draw of whole numbers 0..n-1, each equally likely.
+
+        Raises ValueError when the next given draw has another shape or dtype or other values, or there is none.
+        """
+        if self.given is None:
+            return torch.randint(n, tuple(shape), device=self.device)
         draw = self._next()
-        if tuple(draw.shape) != tuple(shape):
-            raise ValueError(f"noise must be {list(shape)} (draw {self.n_taken}), got {list(draw.shape)}")
+        if draw.is_floating_point() or tuple(draw.shape) != tuple(shape) or draw.min() < 0 or draw.max() >= n:
+            raise ValueError(
+                f"draw {self.n_taken} must be integers 0..{n - 1} {list(shape)}, got {draw.dtype} {list(draw.shape)}"
+            )
         self.n_taken += 1
-        # a copy: the caller may use its buffer again while a cache holds this
-        return draw.to(device=self.device, dtype=torch.float32, copy=True)
+        return draw.to(self.device).long()
 
     def choice(self, weights: Float[Tensor, "row option"]) -> Int[Tensor, "row 1"]:
         """One option a row, with probabilities in proportion to the weights.
@@ -209,6 +241,22 @@ class Draws:
             )
         self.n_taken += 1
         return chosen
+
+    def _share(self, shape: Sequence[int]) -> Tensor:
+        draw = self._shaped(shape)
+        if not bool(((draw >= 0) & (draw <= 1)).all()):
+            raise ValueError(
+                f"draw {self.n_taken - 1} must be in 0..1, got {float(draw.min()):.3g}..{float(draw.max()):.3g}"
+            )
+        return draw
+
+    def _shaped(self, shape: Sequence[int]) -> Tensor:
+        draw = self._next()
+        if tuple(draw.shape) != tuple(shape):
+            raise ValueError(f"noise must be {list(shape)} (draw {self.n_taken}), got {list(draw.shape)}")
+        self.n_taken += 1
+        # a copy: the caller may use its buffer again while a cache holds this
+        return draw.to(device=self.device, dtype=torch.float32, copy=True)
 
     def _next(self) -> Tensor:
         assert self.given is not None

@@ -11,7 +11,7 @@ from hooked_vla.models.network import Network
 from hooked_vla.policy import Processor
 from hooked_vla.spec import ModelSpec
 
-SIZES = ("full", "tiny")
+SIZES = {"full": "SPEC", "tiny": "TINY", "tabletop": "TABLETOP"}
 
 
 @cache
@@ -29,16 +29,18 @@ def list_models() -> list[str]:
 
 
 def get_spec(name: str, size: str = "full") -> ModelSpec:
-    """The spec of a model at its published size, or its "tiny" sibling with the same wiring.
+    """The spec of a model at its published size, or a sibling with the same wiring: "tiny", or the "tabletop" size that
+    the shipped policies have.
 
-    Raises ValueError naming the known models or sizes.
+    Raises ValueError naming the known models, or the sizes that the model has.
     """
     if name not in _spec_modules():
         raise ValueError(f"unknown model {name!r}; known models: {list_models()}")
-    if size not in SIZES:
-        raise ValueError(f"unknown size {size!r}; sizes: {list(SIZES)}")
     module = _spec_modules()[name]
-    return module.SPEC if size == "full" else module.TINY
+    sizes = [each for each, literal in SIZES.items() if hasattr(module, literal)]
+    if size not in sizes:
+        raise ValueError(f"unknown size {size!r} of {name!r}; sizes: {sizes}")
+    return getattr(module, SIZES[size])
 
 
 def spec_for_config_type(config_type: object, parts: Container[str] = (), keys: Iterable[str] = ()) -> ModelSpec:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hooked_vla import lerobot, registry
@@ -220,6 +220,31 @@ class HookedVLA(HookedModel):
         actions = self.net.sample_actions(inputs, draws, self.run_state)
         draws.check_used_up()
         return actions
+
+    def training_loss(
+        self,
+        inputs: ModelInputs,
+        actions: Float[Tensor, "batch step d_action"],
+        valid: Bool[Tensor, "batch step"] | None = None,
+        noise: Any = None,
+        n_draws: int = 1,
+    ) -> Float[Tensor, " batch"]:
+        """Each row's loss under the model's own published objective, by `Network.training_loss`; hooks work as
+        everywhere, and gradients follow the ambient grad mode.
+
+        actions: normalised targets. valid: which steps count. noise: every draw in order, fresh where None.
+        Raises ValueError for targets or draws of another shape, TypeError for a model that is not trained on actions.
+        """
+        if not torch.compiler.is_compiling():
+            self._n_runs += 1
+        outer = self.run_state.begin(lambda: self.segments(inputs))
+        try:
+            draws = Draws(noise, self.device)
+            losses = self.net.training_loss(inputs, actions, valid, draws, self.run_state, n_draws)
+            draws.check_used_up()
+            return losses
+        finally:
+            self.run_state.end(outer)
 
     @torch.no_grad()
     def predict_action_chunk(

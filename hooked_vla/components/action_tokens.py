@@ -22,8 +22,17 @@ class TokenHead(nn.Module):
         self.hook_action_tokens = HookPoint("batch n_tokens", dtype="int64")
         self.hook_actions = HookPoint("batch chunk d_action", dtype="float32")
 
+    def edges(self, device: torch.device) -> Float[Tensor, " n_bins"]:
+        return torch.linspace(-1, 1, self.n_bins, dtype=torch.float64, device=device)
+
+    def encode(self, actions: Float[Tensor, "batch chunk d_action"]) -> Int[Tensor, "batch n_tokens"]:
+        """Ids of the bins that actions fall in, a step's channels next to each other; what is outside -1..1 counts
+        as the end, and 1 itself as a bin of its own (numpy.digitize in action_tokenizer.py)."""
+        flat = rearrange(actions, "b c d -> b (c d)").double().clamp(-1, 1)
+        return self.n_ids - torch.bucketize(flat, self.edges(actions.device), right=True)
+
     def forward(self, tokens: Int[Tensor, "batch n_tokens"]) -> Float[Tensor, "batch chunk d_action"]:
-        edges = torch.linspace(-1, 1, self.n_bins, dtype=torch.float64, device=tokens.device)
+        edges = self.edges(tokens.device)
         centres = ((edges[:-1] + edges[1:]) / 2).to(torch.float32)
         bins = (self.n_ids - self.hook_action_tokens(tokens) - 1).clamp(0, self.n_bins - 2)
         return self.hook_actions(rearrange(centres[bins], "b (c d) -> b c d", c=self.chunk))

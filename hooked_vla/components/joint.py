@@ -1,7 +1,9 @@
 """Attention of an action expert to the cached keys and values of a prefix that another stream computed once."""
 
+from collections.abc import Callable
+
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 
@@ -11,11 +13,28 @@ from hooked_vla.hooks.point import HookPoint
 
 
 class PrefixLayer:
-    """One layer's cached keys and values, and what an expert layer has derived from them in this chunk."""
+    """One layer's cached keys and values, and what an expert layer has derived from them in this chunk.
 
-    def __init__(self, kv: KeysValues) -> None:
-        self.k, self.v = kv
-        self.projected: KeysValues | None = None
+    n: how many batches in a row the expert runs on the prefix of one.
+    """
+
+    def __init__(self, kv: KeysValues, n: int = 1) -> None:
+        self.kv, self.n = kv, n
+        self.k, self.v = self.repeated(kv)
+        self._projected: KeysValues | None = None
+
+    def repeat(self, n: int) -> "PrefixLayer":
+        """The same prefix for n batches in a row."""
+        return PrefixLayer(self.kv, n * self.n)
+
+    def repeated(self, kv: KeysValues) -> KeysValues:
+        return kv if self.n == 1 else KeysValues(*(repeat(each, "b ... -> (n b) ...", n=self.n) for each in kv))
+
+    def projected(self, project: Callable[[Tensor, Tensor], KeysValues]) -> KeysValues:
+        """What `project` makes of the keys and values: once per chunk, and once for all batches."""
+        if self._projected is None:
+            self._projected = self.repeated(project(*self.kv))
+        return self._projected
 
 
 class JointAttention(RotarySelfAttention):
@@ -72,10 +91,8 @@ class CrossAttention(Attention):
         if prefix_k is not prefix.k or prefix_v is not prefix.v:
             k, v = self._project(prefix_k, prefix_v)
         else:
-            # the prefix does not depend on the denoise step: project it once per chunk
-            if prefix.projected is None:
-                prefix.projected = self._project(prefix_k, prefix_v)
-            k, v = prefix.projected
+            # the prefix does not depend on the denoise step
+            k, v = prefix.projected(self._project)
         return self.attend(q, self.hook_k(k), self.hook_v(v), mask)
 
     def _project(self, k: Tensor, v: Tensor) -> KeysValues:

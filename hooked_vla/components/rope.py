@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -13,6 +13,10 @@ class Rotation(NamedTuple):
 
     cos: Float[Tensor, "batch seq 1 half"]
     sin: Float[Tensor, "batch seq 1 half"]
+
+    def repeat(self, n: int) -> "Rotation":
+        """The same for n batches in a row."""
+        return Rotation(*(repeat(each, "b s 1 half -> (n b) s 1 half", n=n) for each in self))
 
 
 def rotation(positions: Int[Tensor, "batch seq"], d_head: int, base: float) -> Rotation:

@@ -2,36 +2,42 @@
 queries, which start as zeros, become a whole action chunk in one pass.
 
 Wiring read from LeRobot 0.6.1, policies/act, and from tonyzhaozh/act. The latent is zero when acting: the VAE encoder
-that draws it in training is kept as parameters, without hook points. Positions go into queries and keys only.
+that draws it in training has no hook points. Positions go into queries and keys only.
 """
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import torch
-from einops import rearrange
-from jaxtyping import Float
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from hooked_vla.components.action_head import LinearHead
 from hooked_vla.components.block import Block, PostNormBlock
 from hooked_vla.components.connector import ConvConnector
-from hooked_vla.components.embed import sine_positions_2d
+from hooked_vla.components.embed import interleaved_sincos, sine_positions_2d
 from hooked_vla.components.encoder_decoder import (
     DecoderBlock,
     PositionedCrossAttention,
     PositionedSelfAttention,
     PostNormDecoderBlock,
 )
-from hooked_vla.components.mlp import MLP
+from hooked_vla.components.losses import check_targets, mean_of_draws, mean_of_steps
+from hooked_vla.components.mlp import MLP, activation
 from hooked_vla.components.norm import LayerNorm
 from hooked_vla.components.resnet import ResNet
 from hooked_vla.hooks.point import HookPoint, Run
 from hooked_vla.inputs import ACTION, ENVIRONMENT, LATENT, STATE, Draws, Segments, StepInputs, image_segment
 from hooked_vla.lerobot import read_step_features, write_step_features
-from hooked_vla.models.network import Network
+from hooked_vla.models.network import Network, pixels
 from hooked_vla.models.sizes import layer_count, resnet_from_shapes, resnet_name
 from hooked_vla.spec import ChunkTransformerSpec, EncoderDecoderSpec, FeatureSpec, LatentSpec
+
+# of the VAE encoder's divergence in the training objective (LeRobot: ACTConfig.kl_weight)
+KL_WEIGHT = 10.0
 
 
 def _attention(spec: EncoderDecoderSpec) -> PositionedSelfAttention:
@@ -82,12 +88,17 @@ class ObservationEncoder(nn.Module):
         self.hook_pos_embed = HookPoint("seq d_model")
 
     def embed(
-        self, image_tokens: Float[Tensor, "batch image_seq d_model"] | None, inputs: StepInputs
+        self,
+        image_tokens: Float[Tensor, "batch image_seq d_model"] | None,
+        inputs: StepInputs,
+        latent: Float[Tensor, "batch d_latent"] | None,
     ) -> Float[Tensor, "batch seq d_model"]:
-        """The encoder's input: one token each for latent, state and environment, then the images' in camera order."""
+        """The encoder's input: one token each for latent (None: 0), state and environment, then the images' in camera
+        order."""
         dtype, device = self.latent_proj.weight.dtype, self.latent_proj.weight.device
-        latent = self.hook_latent(torch.zeros(inputs.batch_size, self.d_latent, dtype=dtype, device=device))
-        parts = [self.hook_embed_latent(self.latent_proj(latent)[:, None])]
+        if latent is None:
+            latent = torch.zeros(inputs.batch_size, self.d_latent, dtype=dtype, device=device)
+        parts = [self.hook_embed_latent(self.latent_proj(self.hook_latent(latent.to(dtype)))[:, None])]
         if inputs.state is not None:
             parts.append(self.hook_embed_state(self.state_proj(inputs.state[:, -1:].to(dtype))))
         if inputs.environment is not None:
@@ -135,24 +146,56 @@ class ActionDecoder(nn.Module):
 
 
 class LatentEncoder(nn.Module):
-    """Parameters of the encoder that draws the latent from demonstrated actions in training; never run here."""
+    """Demonstrated actions and state to the normal distribution that training draws the latent from."""
 
     pos_enc: Tensor
 
     def __init__(self, spec: EncoderDecoderSpec, features: FeatureSpec, latent: LatentSpec, chunk: int) -> None:
         super().__init__()
+        self.pre_norm, self.act = spec.pre_norm, activation(spec.act)
         self.cls_embed = nn.Embedding(1, spec.d_model)
-        if features.d_state:
-            self.state_proj = nn.Linear(features.d_state, spec.d_model)
+        self.state_proj = nn.Linear(features.d_state, spec.d_model) if features.d_state else None
         self.action_proj = nn.Linear(features.d_action, spec.d_model)
         # torch's layer has the public layout's parameters
         self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(spec.d_model, spec.n_heads, spec.d_mlp) for _ in range(latent.n_vae_layers)
+            nn.TransformerEncoderLayer(
+                spec.d_model, spec.n_heads, spec.d_mlp, dropout=0.0, layer_norm_eps=spec.eps, batch_first=True
+            )
+            for _ in range(latent.n_vae_layers)
         )
         self.norm = nn.LayerNorm(spec.d_model, spec.eps) if spec.pre_norm else nn.Identity()
         self.out_proj = nn.Linear(spec.d_model, 2 * latent.d_latent)
         n_tokens = 1 + bool(features.d_state) + chunk
-        self.register_buffer("pos_enc", torch.zeros(1, n_tokens, spec.d_model))
+        self.register_buffer("pos_enc", interleaved_sincos(n_tokens, spec.d_model)[None])
+
+    def forward(
+        self,
+        actions: Float[Tensor, "batch chunk d_action"],
+        state: Float[Tensor, "batch d_state"] | None,
+        valid: Bool[Tensor, "batch chunk"] | None,
+    ) -> tuple[Float[Tensor, "batch d_latent"], Float[Tensor, "batch d_latent"]]:
+        """Mean and logarithm of the variance, in float32; steps that are not valid are not attended to."""
+        dtype = self.out_proj.weight.dtype
+        tokens = [repeat(self.cls_embed.weight, "1 d -> b 1 d", b=len(actions))]
+        if self.state_proj is not None:
+            assert state is not None
+            tokens.append(self.state_proj(state.to(dtype))[:, None])
+        n_before = len(tokens)
+        x = torch.cat([*tokens, self.action_proj(actions.to(dtype))], dim=1)
+        hidden = None if valid is None else functional.pad(~valid, (n_before, 0), value=False)
+        for layer in self.layers:
+            assert isinstance(layer, nn.TransformerEncoderLayer)
+            x = self._layer(layer, x, hidden)
+        mean, log_variance = self.out_proj(self.norm(x)[:, 0]).float().chunk(2, dim=-1)
+        return mean, log_variance
+
+    def _layer(self, layer: nn.TransformerEncoderLayer, x: Tensor, hidden: Tensor | None) -> Tensor:
+        normed = layer.norm1(x) if self.pre_norm else x
+        placed = normed + self.pos_enc
+        x = x + layer.self_attn(placed, placed, normed, key_padding_mask=hidden, need_weights=False)[0]
+        x = x if self.pre_norm else layer.norm1(x)
+        mapped = layer.linear2(self.act(layer.linear1(layer.norm2(x) if self.pre_norm else x)))
+        return x + mapped if self.pre_norm else layer.norm2(x + mapped)
 
 
 class ACT(Network):
@@ -167,6 +210,7 @@ class ACT(Network):
         self.encoder = ObservationEncoder(spec.transformer, spec.features, spec.latent.d_latent)
         self.expert = ActionDecoder(spec.transformer, spec.chunk)
         self.head = LinearHead(spec.transformer.d_model, spec.chunk, spec.features.d_action)
+        self.kl_weight = KL_WEIGHT
         if spec.latent.n_vae_layers:
             self.vae = LatentEncoder(spec.transformer, spec.features, spec.latent, spec.chunk)
 
@@ -181,28 +225,80 @@ class ACT(Network):
 
     def sample_actions(self, inputs: StepInputs, draws: Draws, run: Run) -> Float[Tensor, "batch chunk d_action"]:
         """Nothing is drawn."""
-        image_tokens, grids = None, []
-        if inputs.images is not None:
-            n = len(inputs.cameras)
-            features = self.vision(rearrange(inputs.images[:, -1], "b n c h w -> (b n) c h w"))
-            image_tokens = rearrange(self.connector(features), "(b n) s d -> b (n s) d", n=n)
-            grids = [tuple(features.shape[-2:])] * n
-        positions = self.encoder.positions(grids)
-        encoded = self.encoder(self.encoder.embed(image_tokens, inputs), positions)
+        encoded, positions = self.encode(inputs, None)
         run.denoise_step = 0
         tokens = self.expert(encoded, positions)
         run.denoise_step = None
         return self.head(tokens)
+
+    def training_loss(
+        self,
+        inputs: StepInputs,
+        actions: Float[Tensor, "batch chunk d_action"],
+        valid: Bool[Tensor, "batch chunk"] | None,
+        draws: Draws,
+        run: Run,
+        n_draws: int = 1,
+    ) -> Float[Tensor, " batch"]:
+        """As Network's: absolute error, and with a VAE encoder `kl_weight` times its divergence from the standard
+        normal; drawn: [batch d_latent] for each draw. The latent is a token of the encoder, which sees every draw."""
+        check_targets(actions, valid, (inputs.batch_size, self.expert.chunk, self.spec.features.d_action), n_draws)
+        latent, divergence = None, None
+        if self.spec.latent.n_vae_layers:
+            state = None if inputs.state is None else inputs.state[:, -1]
+            mean, log_variance = self.vae(actions, state, valid)
+            # of each row's two distributions, in closed form (arXiv 1312.6114, appendix B)
+            divergence = 0.5 * (mean.square() + log_variance.exp() - log_variance - 1).sum(-1)
+            drawn = [draws.normal(mean.shape) for _ in range(n_draws)]
+            latent = rearrange(mean + (log_variance / 2).exp() * torch.stack(drawn), "n b d -> (n b) d")
+        else:
+            n_draws = 1
+        if n_draws > 1:
+            features = self.vision_features(inputs) if self.spec.features.cameras else None
+            inputs = replace(inputs, features=features, images=None).rows(list(range(inputs.batch_size)) * n_draws)
+            actions = repeat(actions, "b c d -> (n b) c d", n=n_draws)
+            valid = None if valid is None else repeat(valid, "b c -> (n b) c", n=n_draws)
+        with self.inputs_replaced(lambda: inputs, run):
+            errors = (self.head(self.expert(*self.encode(inputs, latent))) - actions).abs().mean(-1)
+        losses = mean_of_draws(mean_of_steps(errors, valid), n_draws)
+        return losses if divergence is None else losses + self.kl_weight * divergence
+
+    def encode(
+        self, inputs: StepInputs, latent: Float[Tensor, "batch d_latent"] | None
+    ) -> tuple[Float[Tensor, "batch seq d_model"], Float[Tensor, "seq d_model"]]:
+        """What the decoder reads, and its positions; the latent is 0 where it is None."""
+        image_tokens, grids = None, []
+        if self.spec.features.cameras:
+            features = self.vision_features(inputs)[:, -1]
+            n, rows, columns = features.shape[1:4]
+            maps = rearrange(features, "b n h w d -> (b n) d h w").contiguous()
+            image_tokens = rearrange(self.connector(maps), "(b n) s d -> b (n s) d", n=n)
+            grids = [(rows, columns)] * n
+        positions = self.encoder.positions(grids)
+        return self.encoder(self.encoder.embed(image_tokens, inputs, latent), positions), positions
+
+    def see(self, inputs: StepInputs) -> Float[Tensor, "batch 1 camera row column d_vision"]:
+        """The last stage's map of each camera's last image."""
+        maps = self.vision(rearrange(pixels(inputs)[:, -1], "b n c h w -> (b n) c h w"))
+        return rearrange(maps, "(b n) d h w -> b 1 n h w d", n=len(inputs.cameras))
+
+    @property
+    def d_features(self) -> int:
+        return self.vision.d_model
 
     def segments(self, inputs: StepInputs) -> dict[str, Segments]:
         """Token segments of every stream."""
         batch, found = inputs.batch_size, dict[str, Segments]()
         singles = [(name, 1) for name in self.encoder.singles]
         images: list[tuple[str, int]] = []
-        if inputs.images is not None:
+        if self.spec.features.cameras:
             names = tuple(image_segment(camera) for camera in inputs.cameras)
             camera_of_row = torch.arange(len(names)).repeat(batch)
-            found = self.vision.segments(names, camera_of_row, *inputs.images.shape[-2:])
+            if inputs.features is None:
+                found = self.vision.segments(names, camera_of_row, *pixels(inputs).shape[-2:])
+            else:
+                labels = repeat(camera_of_row, "i -> i s", s=math.prod(inputs.features.shape[-3:-1]))
+                found["vision"] = Segments(names, labels, row_axis="image")
             found["connector"] = found["vision"]
             images = [(name, found["vision"].labels.shape[1]) for name in names]
         return found | {

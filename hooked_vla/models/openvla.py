@@ -21,9 +21,10 @@ from hooked_vla.components.action_tokens import TokenHead
 from hooked_vla.components.attention import KeysValues, RotarySelfAttention
 from hooked_vla.components.block import Block
 from hooked_vla.components.connector import MLPConnector
-from hooked_vla.components.ddim import ddim_step, squared_cosine_signal
+from hooked_vla.components.ddim import add_noise, ddim_step, squared_cosine_signal
 from hooked_vla.components.decode import CachedAttention, CachedLayer, TokenDecoder, generate_greedily
 from hooked_vla.components.embed import cossin_bucket
+from hooked_vla.components.losses import check_targets, mean_of_draws, mean_of_steps
 from hooked_vla.components.mlp import GatedMLP
 from hooked_vla.components.mlp_resnet import MLPResNet
 from hooked_vla.components.norm import RMSNorm
@@ -31,7 +32,7 @@ from hooked_vla.components.rope import rotation
 from hooked_vla.components.tower import Towers
 from hooked_vla.hooks.point import HookPoint, Run
 from hooked_vla.inputs import ACTION, LANGUAGE, SPECIAL, STATE, Draws, PromptedInputs, Segments, image_segment
-from hooked_vla.models.network import Network, expand_ties, share_parameters
+from hooked_vla.models.network import Network, expand_ties, pixels, share_parameters
 from hooked_vla.models.openvla_config import read_spec, write_config
 from hooked_vla.spec import DecoderSpec, LanguageVLASpec, ReadoutSpec
 
@@ -103,12 +104,13 @@ class LanguageModel(nn.Module):
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         return rearrange(self.unembed.weight, "v m -> m v")
 
-    def layout(self, inputs: PromptedInputs, n_patches: int) -> Layout:
+    def layout(self, inputs: PromptedInputs, n_patches: int, n_more: int = 0) -> Layout:
+        """n_more: places after the actions that are read too."""
         batch, n_text = inputs.tokens.shape
         n_actions = self.readout.chunk * self.readout.d_action
         generates = self.readout.kind == "generate"
         n_given = 0 if inputs.action_tokens is None else inputs.action_tokens.shape[1] - 1
-        n_read = n_given + 1 if generates else n_actions
+        n_read = (n_given + 1 if generates else n_actions) + n_more
         own = [(STATE, int(self.readout.d_state > 0)), (SPECIAL, int(self.readout.kind == "diffuse"))]
         after = [(ACTION, n_given)] if generates else [(ACTION, n_actions), (SPECIAL, 1)]
         images = [(image_segment(camera), n_patches) for camera in inputs.cameras]
@@ -185,7 +187,7 @@ class DenoisingLanguageModel(LanguageModel):
     def denoise(
         self,
         noisy: Float[Tensor, "batch chunk d_action"],
-        time: int,
+        time: Int[Tensor, " batch"],
         language: Float[Tensor, "batch text d_model"],
         images: Float[Tensor, "batch image_token d_model"],
         state: Sequence[Float[Tensor, "batch 1 d_model"]],
@@ -193,7 +195,7 @@ class DenoisingLanguageModel(LanguageModel):
     ) -> tuple[Float[Tensor, "batch chunk d_action"], Float[Tensor, "batch chunk d_action"]]:
         """The noisy actions as hooks left them, and the noise in them."""
         noisy = self.hook_noisy_actions(noisy)
-        cosines, sines = cossin_bucket(torch.full((len(noisy),), time, device=noisy.device), self.d_model).chunk(2, -1)
+        cosines, sines = cossin_bucket(time, self.d_model).chunk(2, -1)
         embedded = self.hook_time(torch.cat([sines, cosines], dim=-1).to(language.dtype))
         actions = self.hook_embed_action(self.action_in_proj(rearrange(noisy, "b c d -> b (c d) 1")))
         own = [*(self.hook_embed_state(each) for each in state), embedded[:, None]]
@@ -311,16 +313,65 @@ class OpenVLA(Network):
 
         return generate_greedily(self.vlm.hook_logits(unembed(hidden[:, 0])), next_logits, n_wanted, None, run)
 
-    def token_logits(self, inputs: PromptedInputs) -> Float[Tensor, "batch token d_vocab"]:
+    def token_logits(self, inputs: PromptedInputs, n_more: int = 0) -> Float[Tensor, "batch token d_vocab"]:
         """Scores of every id at every place of the answer, from one pass; of the given action tokens, all but the
-        last are read."""
-        logits = self.vlm.unembed(self.read(inputs)[0])
+        last are read. n_more: so many places after those of a parallel answer."""
+        logits = self.vlm.unembed(self.read(inputs, n_more)[0])
         if self.spec.readout.kind == "parallel":
-            return self.vlm.hook_logits(logits)
+            n = logits.shape[1] - n_more
+            return torch.cat([self.vlm.hook_logits(logits[:, :n]), logits[:, n:]], dim=1)
         return torch.cat([self.vlm.hook_logits(logits[:, 0])[:, None], logits[:, 1:]], dim=1)
 
+    def training_loss(
+        self,
+        inputs: PromptedInputs,
+        actions: Float[Tensor, "batch chunk d_action"],
+        valid: Bool[Tensor, "batch chunk"] | None,
+        draws: Draws,
+        run: Run,
+        n_draws: int = 1,
+    ) -> Float[Tensor, " batch"]:
+        """As Network's. Tokens: cross-entropy of the actions' and the stop token, which counts as the last step's;
+        regression: absolute error; with a diffusion head the noise's squared error, drawn: noise, then each row's
+        step, integers [batch]. There the language model is the denoiser, and runs on every draw."""
+        readout = self.spec.readout
+        check_targets(actions, valid, (inputs.batch_size, readout.chunk, readout.d_action), n_draws)
+        if readout.kind == "regress":
+            return mean_of_steps((self.head(self.read(inputs)[0]) - actions).abs().mean(-1), valid)
+        if readout.kind == "diffuse":
+            losses = self._noise_losses(inputs, actions, draws, run, n_draws)
+            valid = None if valid is None else repeat(valid, "b c -> (n b) c", n=n_draws)
+            return mean_of_draws(mean_of_steps(losses, valid), n_draws)
+        stop = torch.full((len(actions), 1), self.spec.prompt.stop, device=actions.device)
+        answer = torch.cat([self.head.encode(actions), stop], dim=1)
+        if readout.kind == "generate":
+            inputs = replace(inputs, action_tokens=answer)
+        with self.inputs_replaced(lambda: inputs, run):
+            logits = self.token_logits(inputs, n_more=1 if readout.kind == "parallel" else 0)
+        losses = functional.cross_entropy(logits.float().transpose(1, 2), answer, reduction="none")
+        if valid is not None:
+            valid = torch.cat([repeat(valid, "b c -> b (c d)", d=readout.d_action), valid[:, -1:]], dim=1)
+        return mean_of_steps(losses, valid)
+
+    def _noise_losses(
+        self, inputs: PromptedInputs, actions: Float[Tensor, "batch chunk d_action"], draws: Draws, run: Run, n: int
+    ) -> Float[Tensor, "row chunk"]:
+        expert, batch = self.expert, inputs.batch_size
+        language = expert.embed(inputs.tokens)
+        images, state = self.image_tokens(inputs, language), expert.embed_state(inputs)
+        drawn = [(draws.normal(actions.shape), draws.integers(self.n_denoise_steps, (batch,))) for _ in range(n)]
+        noise, time = (torch.cat(each) for each in zip(*drawn, strict=True))
+        signal = torch.tensor(expert.signal, device=actions.device)
+        noisy = add_noise(repeat(actions, "b c d -> (n b) c d", n=n), noise, time, signal)
+        rows = replace(inputs, images=None, features=None).rows(list(range(batch)) * n)
+        own = [repeat(each, "b s d -> (n b) s d", n=n) for each in (language, images, *state)]
+        with self.inputs_replaced(lambda: rows, run):
+            layout = expert.layout(rows, self.vision.n_patches)
+            _, predicted = expert.denoise(noisy, time, own[0], own[1], own[2:], layout)
+        return (predicted - noise).square().mean(-1)
+
     def read(
-        self, inputs: PromptedInputs
+        self, inputs: PromptedInputs, n_more: int = 0
     ) -> tuple[Float[Tensor, "batch token d_model"], list[KeysValues], Bool[Tensor, "batch seq"]]:
         """One pass over everything known: hidden states where actions are read, keys and values, valid positions."""
         vlm = self.vlm
@@ -331,7 +382,7 @@ class OpenVLA(Network):
             actions = vlm.embed(inputs.action_tokens[:, :-1])
         else:
             actions = language.new_zeros(len(language), self.n_placeholders, vlm.d_model)
-        layout = vlm.layout(inputs, self.vision.n_patches)
+        layout = vlm.layout(inputs, self.vision.n_patches, n_more)
         hidden, caches = vlm(vlm.sequence(language, images, own, actions), layout)
         return hidden, caches, layout.valid
 
@@ -346,11 +397,24 @@ class OpenVLA(Network):
     ) -> Float[Tensor, "batch image_token d_model"]:
         """All images' tokens, one image after the other."""
         n = len(inputs.cameras)
-        condition = None
-        if self.spec.film:
+        if not self.spec.film:
+            features = rearrange(self.vision_features(inputs), "b n p d -> (b n) p d")
+        elif inputs.features is None:
             condition = repeat(self.language_model.describe(language, inputs), "b d -> (b n) d", n=n)
-        features = self.vision(rearrange(inputs.images, "b n c h w -> (b n) c h w"), condition)
+            features = self.vision(rearrange(pixels(inputs), "b n c h w -> (b n) c h w"), condition)
+        else:
+            raise ValueError("the vision towers read the prompt (FiLM): features kept from before cannot be used")
         return rearrange(self.connector(features), "(b n) p d -> b (n p) d", n=n)
+
+    @property
+    def d_features(self) -> int:
+        return self.vision.d_concat
+
+    def see(self, inputs: PromptedInputs) -> Float[Tensor, "batch camera patch d_vision"]:
+        """Raises TypeError where the towers read the prompt too."""
+        if self.spec.film:
+            raise TypeError("the vision towers read the prompt (FiLM): they have no features of images alone")
+        return super().see(inputs)
 
     def _denoise(self, inputs: PromptedInputs, draws: Draws, run: Run) -> Float[Tensor, "batch chunk d_action"]:
         expert, n_steps = self.expert, self.n_denoise_steps
@@ -360,7 +424,8 @@ class OpenVLA(Network):
         x = draws.normal((inputs.batch_size, expert.chunk, expert.d_action))
         for step, time in enumerate(reversed(range(n_steps))):
             run.denoise_step = step
-            x, noise = expert.denoise(x, time, language, images, state, layout)
+            times = torch.full((len(x),), time, device=x.device)
+            x, noise = expert.denoise(x, times, language, images, state, layout)
             x = ddim_step(x, noise, time, expert.signal)
         run.denoise_step = None
         return x

@@ -26,9 +26,9 @@ from hooked_vla.components.mlp import GatedMLP
 from hooked_vla.components.norm import AdaRMSNorm, OneCentredRMSNorm
 from hooked_vla.components.rope import Rotation, rotation
 from hooked_vla.components.vit import ViT
-from hooked_vla.hooks.point import HookPoint, Run
-from hooked_vla.inputs import ACTION, LANGUAGE, STATE, Draws, Segments, VLAInputs, image_segment
-from hooked_vla.models.network import Network, expand_ties, share_parameters
+from hooked_vla.hooks.point import HookPoint
+from hooked_vla.inputs import ACTION, LANGUAGE, STATE, Segments, VLAInputs, image_segment
+from hooked_vla.models.network import ExpertNetwork, Network, expand_ties, pixels, share_parameters
 from hooked_vla.models.pi_config import read_spec, write_config
 from hooked_vla.spec import DecoderSpec, JointFlowVLASpec, PrefixVLASpec, VisionSpec
 
@@ -118,15 +118,20 @@ class PrefixNetwork(Network):
         """Share what the spec ties; to be called when all parts stand."""
         share_parameters(self, expand_ties(spec.tied, self.state_dict()))
 
+    @property
+    def d_features(self) -> int:
+        return self.vision.d_model
+
     def embed_images(self, inputs: VLAInputs) -> Float[Tensor, "batch image_token d_model"]:
         """Every camera's tokens, one camera after the other."""
-        images = rearrange(inputs.images, "b n c h w -> (b n) c h w")
-        return rearrange(self.connector(self.vision(images)), "(b n) s d -> b (n s) d", n=len(inputs.cameras))
+        features = rearrange(self.vision_features(inputs), "b n s d -> (b n) s d")
+        return rearrange(self.connector(features), "(b n) s d -> b (n s) d", n=len(inputs.cameras))
 
     def n_image_tokens(self, inputs: VLAInputs) -> int:
         """Tokens of each image."""
-        rows, columns = self.vision.grid(*inputs.images.shape[-2:])
-        return rows * columns
+        if inputs.features is not None:
+            return inputs.features.shape[2]
+        return math.prod(self.vision.grid(*pixels(inputs).shape[-2:]))
 
     def valid(self, inputs: VLAInputs, text_mask: Bool[Tensor, "batch text"]) -> Bool[Tensor, "batch seq"]:
         """Which tokens of the prefix are neither padding nor of a camera that is not there."""
@@ -158,6 +163,15 @@ class PrefixReads:
     by: Rotation
     mask: Float[Tensor, "batch 1 seq key"]
     state: Float[Tensor, "batch 1 d_model"] | None
+
+    def repeat(self, n: int) -> "PrefixReads":
+        """The same for n batches in a row."""
+        return PrefixReads(
+            layers=[layer.repeat(n) for layer in self.layers],
+            by=self.by.repeat(n),
+            mask=repeat(self.mask, "b ... -> (n b) ...", n=n),
+            state=None if self.state is None else repeat(self.state, "b s d -> (n b) s d", n=n),
+        )
 
 
 class ActionExpert(nn.Module):
@@ -261,7 +275,7 @@ class ActionExpert(nn.Module):
         return noisy, self.hook_velocity(velocity)
 
 
-class Pi(PrefixNetwork):
+class Pi(PrefixNetwork, ExpertNetwork):
     """The whole network: images, tokens, state and noise to a normalised action chunk at its padded width."""
 
     def __init__(self, spec: JointFlowVLASpec) -> None:
@@ -271,10 +285,6 @@ class Pi(PrefixNetwork):
         self.expert = ActionExpert(spec)
         self.head = FlowMatchingHead(spec.flow.n_steps, spec.flow.chunk, spec.flow.d_action)
         self.share_tied(spec)
-
-    @property
-    def n_denoise_steps(self) -> int:
-        return self.head.n_steps
 
     @property
     def dead_ends(self) -> list[str]:
@@ -287,12 +297,6 @@ class Pi(PrefixNetwork):
             f"{last}.hook_resid_post",
             "vlm.ln_final.*",
         ]
-
-    def sample_actions(self, inputs: VLAInputs, draws: Draws, run: Run) -> Float[Tensor, "batch chunk d_action"]:
-        """The prefix once, then the expert at every denoise step; one draw, the starting noise."""
-        noise = draws.normal((inputs.batch_size, self.head.chunk, self.head.d_action))
-        reads = self.prefill(inputs)
-        return self.head(noise, lambda x, time: self.expert(x, time, reads), run)
 
     def prefill(self, inputs: VLAInputs) -> PrefixReads:
         """Everything that does not depend on the denoise step."""

@@ -27,10 +27,10 @@ from hooked_vla.components.mlp import GatedMLP
 from hooked_vla.components.norm import RMSNorm
 from hooked_vla.components.rope import Rotation, rotation
 from hooked_vla.components.vit import ViT
-from hooked_vla.hooks.point import HookPoint, Run
-from hooked_vla.inputs import ACTION, LANGUAGE, PAD, SPECIAL, STATE, Draws, Segments, VLAInputs, image_segment
+from hooked_vla.hooks.point import HookPoint
+from hooked_vla.inputs import ACTION, LANGUAGE, PAD, SPECIAL, STATE, Segments, VLAInputs, image_segment
 from hooked_vla.lerobot import positive, read_features, write_features
-from hooked_vla.models.network import Network
+from hooked_vla.models.network import ExpertNetwork, pixels
 from hooked_vla.models.sizes import decoder_from_shapes, layer_count, siglip_from_shapes, text_sizes
 from hooked_vla.spec import DecoderSpec, ExpertSpec, FlowSpec, FlowVLASpec, PrefixSpec
 
@@ -150,6 +150,14 @@ class PrefixReads:
     rotations: Mapping[str, Rotation]
     masks: Mapping[str, Float[Tensor, "batch 1 chunk key"]]
 
+    def repeat(self, n: int) -> "PrefixReads":
+        """The same for n batches in a row."""
+        return PrefixReads(
+            layers=[layer.repeat(n) for layer in self.layers],
+            rotations={kind: by.repeat(n) for kind, by in self.rotations.items()},
+            masks={kind: repeat(mask, "b ... -> (n b) ...", n=n) for kind, mask in self.masks.items()},
+        )
+
 
 class ActionExpert(nn.Module):
     """Velocity of a noisy action chunk, given the prefix."""
@@ -219,7 +227,7 @@ class ActionExpert(nn.Module):
         return noisy, self.hook_velocity(velocity)
 
 
-class SmolVLA(Network):
+class SmolVLA(ExpertNetwork):
     """The whole network: images, tokens, state and noise to a normalised action chunk at its padded width."""
 
     def __init__(self, spec: FlowVLASpec) -> None:
@@ -234,10 +242,6 @@ class SmolVLA(Network):
         self.head = FlowMatchingHead(spec.flow.n_steps, spec.flow.chunk, spec.flow.d_action)
 
     @property
-    def n_denoise_steps(self) -> int:
-        return self.head.n_steps
-
-    @property
     def dead_ends(self) -> list[str]:
         """Only keys and values of the prefix reach the expert: of its last layer, nothing else matters."""
         last = f"vlm.blocks.{len(self.vlm.blocks) - 1}"
@@ -249,17 +253,20 @@ class SmolVLA(Network):
             "vlm.ln_final.*",
         ]
 
-    def sample_actions(self, inputs: VLAInputs, draws: Draws, run: Run) -> Float[Tensor, "batch chunk d_action"]:
-        """The prefix once, then the expert at every denoise step; one draw, the starting noise."""
-        noise = draws.normal((inputs.batch_size, self.head.chunk, self.head.d_action))
-        reads = self.prefill(inputs)
-        return self.head(noise, lambda x, time: self.expert(x, time, reads), run)
+    @property
+    def d_features(self) -> int:
+        return self.vision.d_model
+
+    def n_patches(self, inputs: VLAInputs) -> int:
+        """Patches of each image."""
+        if inputs.features is not None:
+            return inputs.features.shape[2]
+        return math.prod(self.vision.grid(*pixels(inputs).shape[-2:]))
 
     def prefill(self, inputs: VLAInputs) -> PrefixReads:
         """Everything that does not depend on the denoise step."""
-        n_cameras = len(inputs.cameras)
-        images = rearrange(inputs.images, "b n c h w -> (b n) c h w")
-        image_tokens = rearrange(self.connector(self.vision(images)), "(b n) s d -> b n s d", n=n_cameras)
+        features = rearrange(self.vision_features(inputs), "b n s d -> (b n) s d")
+        image_tokens = rearrange(self.connector(features), "(b n) s d -> b n s d", n=len(inputs.cameras))
         layout = self.vlm.layout(inputs, image_tokens.shape[2])
         tokens = self.vlm.embed_prefix(image_tokens, inputs, layout.valid.shape[1])
         _, caches = self.vlm(tokens, layout)
@@ -267,13 +274,13 @@ class SmolVLA(Network):
 
     def segments(self, inputs: VLAInputs) -> dict[str, Segments]:
         """Token segments of every stream."""
-        rows, columns = self.vision.grid(*inputs.images.shape[-2:])
-        n_tokens = self.connector.n_tokens(rows * columns)
+        n_patches = self.n_patches(inputs)
+        n_tokens = self.connector.n_tokens(n_patches)
         layout = self.vlm.layout(inputs, n_tokens)
         names = tuple(image_segment(camera) for camera in inputs.cameras)
         camera_of_row = torch.arange(len(names)).repeat(inputs.batch_size)[:, None]
         return {
-            "vision": Segments(names, camera_of_row.expand(-1, rows * columns), row_axis="image"),
+            "vision": Segments(names, camera_of_row.expand(-1, n_patches), row_axis="image"),
             "connector": Segments(names, camera_of_row.expand(-1, n_tokens), row_axis="image"),
             "vlm": Segments.from_spans(layout.spans, inputs.batch_size, layout.valid),
             "vlm.image": Segments.from_spans([(name, n_tokens) for name in names], inputs.batch_size),

@@ -6,7 +6,8 @@ surprise: padding text is attended; tokens of a hidden or absent camera are zero
 starts from the last prediction and the same noise; soft prompts get no positions.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields, replace
 
 import torch
 from einops import rearrange, repeat
@@ -23,19 +24,18 @@ from hooked_vla.components.domain import DomainLinear
 from hooked_vla.components.embed import SequencePositions, cossin_time
 from hooked_vla.components.mlp import MLP
 from hooked_vla.components.norm import LayerNorm, StreamLayerNorm
-from hooked_vla.hooks.point import HookPoint, Run
+from hooked_vla.hooks.point import HookPoint
 from hooked_vla.inputs import (
     ACTION,
     LANGUAGE,
     PAD,
     SOFT_PROMPT,
     DomainInputs,
-    Draws,
     Segments,
     image_segment,
 )
-from hooked_vla.models.network import Network
-from hooked_vla.models.xvla_config import read_spec, write_config
+from hooked_vla.models.network import ExpertNetwork, pixels
+from hooked_vla.models.xvla_config import loss_terms, read_spec, write_config
 from hooked_vla.spec import EncoderSpec, PromptedExpertSpec, PromptedVLASpec, ResampleSpec
 
 __all__ = ["NETWORK", "read_spec", "write_config"]
@@ -92,6 +92,15 @@ class ExpertReads:
     soft_prompts: Float[Tensor, "batch prompt d_model"] | None
     state: Float[Tensor, "batch d_state"]
     domain: Int[Tensor, " batch"]
+
+    def repeat(self, n: int) -> "ExpertReads":
+        """The same for n batches in a row: the expert's layers see all of it beside every batch's actions."""
+        rows = {
+            each.name: repeat(value, "b ... -> (n b) ...", n=n)
+            for each in fields(self)
+            if (value := getattr(self, each.name)) is not None
+        }
+        return replace(self, **rows | {"positions": self.positions})
 
 
 class ExpertPositions(nn.Module):
@@ -198,12 +207,12 @@ def _project(module: nn.Module, x: Tensor, domain: Tensor) -> Tensor:
     return module(x, domain) if isinstance(module, DomainLinear) else module(x)
 
 
-class XVLA(Network):
+class XVLA(ExpertNetwork):
     """The whole network: images, tokens, state, domain and noise to a chunk of actions at its padded width."""
 
     def __init__(self, spec: PromptedVLASpec) -> None:
         super().__init__()
-        self.n_views = spec.n_views
+        self.spec, self.n_views = spec, spec.n_views
         self.vision = ConvTower(spec.vision)
         self.connector = GridConnector(
             spec.vision.d_model[-1], spec.vlm.d_model, spec.grid_positions, spec.n_times, spec.vision.eps
@@ -211,28 +220,30 @@ class XVLA(Network):
         self.vlm = Encoder(spec.vlm)
         self.expert = PromptedExpert(spec.expert, spec.sampler, spec.vlm.d_model)
         sampler = spec.sampler
-        self.head = ResamplingHead(sampler.n_steps, sampler.chunk, sampler.d_action, sampler.grippers)
-
-    @property
-    def n_denoise_steps(self) -> int:
-        return self.head.n_steps
+        self.head = ResamplingHead(
+            sampler.n_steps, sampler.chunk, sampler.d_action, sampler.grippers,
+            terms=loss_terms(sampler.mode, spec.features.d_action),
+        )  # fmt: skip
 
     @property
     def dead_ends(self) -> list[str]:
         """Every value reaches the actions; with places for one camera only, no tokens of other cameras exist."""
         return ["expert.hook_embed_aux"] if self.n_views == 1 else []
 
-    def sample_actions(self, inputs: DomainInputs, draws: Draws, run: Run) -> Float[Tensor, "batch chunk d_action"]:
-        """The encoder once, then the expert at every denoise step; one draw, the noise of all steps."""
-        noise = draws.normal((inputs.batch_size, self.head.chunk, self.head.d_action))
-        reads = self.prefill(inputs)
-        return self.head(noise, lambda x, time: self.expert(x, time, reads), run)
+    @property
+    def d_features(self) -> int:
+        return self.vision.stages[-1].d_model
+
+    def see(self, inputs: DomainInputs) -> Float[Tensor, "batch camera row column d_vision"]:
+        features, (rows, _) = self.vision(rearrange(pixels(inputs), "b n c h w -> (b n) c h w"))
+        return rearrange(features, "(b n) (h w) d -> b n h w d", n=len(inputs.cameras), h=rows)
 
     def prefill(self, inputs: DomainInputs) -> ExpertReads:
         """Everything that does not depend on the denoise step."""
-        n_cameras = inputs.images.shape[1]
-        features, grid = self.vision(rearrange(inputs.images, "b n c h w -> (b n) c h w"))
-        views = rearrange(self.connector(features, grid), "(b n) s d -> b n s d", n=n_cameras)
+        features = self.vision_features(inputs)
+        n_cameras, *grid = features.shape[1:4]
+        tokens = self.connector(rearrange(features, "b n h w d -> (b n) (h w) d"), tuple(grid))
+        views = rearrange(tokens, "(b n) s d -> b n s d", n=n_cameras)
         views = views.masked_fill(~inputs.image_mask[:, :, None, None], 0.0)
         encoded = self.vlm(views[:, 0], inputs.tokens)
         views = functional.pad(views, (0, 0, 0, 0, 0, self._n_absent(inputs)))
@@ -240,7 +251,7 @@ class XVLA(Network):
         return self.expert.reads(encoded, aux, inputs.state, inputs.domain)
 
     def _n_absent(self, inputs: DomainInputs) -> int:
-        return max(0, self.n_views - inputs.images.shape[1])
+        return max(0, self.n_views - len(inputs.cameras))
 
     def segments(self, inputs: DomainInputs) -> dict[str, Segments]:
         """Token segments of every stream; tokens of absent cameras and of padding text are "pad" though attended."""
@@ -248,15 +259,20 @@ class XVLA(Network):
         names = tuple(image_segment(camera) for camera in inputs.cameras)
         camera_of_row = torch.arange(n_cameras).repeat(batch)[:, None]
         found = {}
-        grids = self.vision.grids(*inputs.images.shape[-2:])
-        for stage, (height, width) in enumerate(grids):
+        if inputs.features is None:
+            grids = self.vision.grids(*pixels(inputs).shape[-2:])
+        else:
+            # the tower does not run: only the places of what it made are known
+            grids = [tuple(inputs.features.shape[2:4])]
+            found["vision"] = Segments(names, camera_of_row.expand(-1, math.prod(grids[-1])), row_axis="image")
+        for stage, (height, width) in enumerate(grids if inputs.features is None else []):
             labels = camera_of_row.expand(-1, height * width)
             found[f"vision.stages.{stage}"] = found["vision"] = Segments(names, labels, row_axis="image")
             # counted from 1, so that the zeros that fill up windows can be told apart
             windows = to_windows(labels[..., None] + 1.0, (height, width), self.vision.side)[..., 0].long() - 1
             labels = torch.where(windows < 0, n_cameras, windows)
             found[f"vision.stages.{stage}.windows"] = Segments((*names, PAD), labels, row_axis="image")
-        n_places = 1 + grids[-1][0] * grids[-1][1]
+        n_places = 1 + math.prod(grids[-1])
         found["connector"] = Segments(names, camera_of_row.expand(-1, n_places), row_axis="image")
         seen = repeat(inputs.image_mask, "b n -> b n s", s=n_places)
         every = torch.ones(batch, max(self.expert.chunk, self.expert.n_prompts), dtype=torch.bool, device=seen.device)

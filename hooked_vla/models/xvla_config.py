@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from hooked_vla.components.losses import Term
 from hooked_vla.lerobot import read_features, write_features
 from hooked_vla.models.sizes import layer_count
 from hooked_vla.spec import ConvTowerSpec, EncoderSpec, FeatureSpec, KeyTarget, PromptedExpertSpec, PromptedVLASpec
@@ -19,6 +20,28 @@ _ACTION_SPACES: dict[str, tuple[int | None, tuple[int, ...], int | None]] = {
     "so101_bimanual": (20, (5, 11), 12),
     "auto": (None, (), None),
 }
+# action space -> its training objective, where that is not the mean square over the robot's channels
+# LeRobot 0.6.1: xvla/action_hub.py, compute_loss
+_TERMS: dict[str, tuple[Term, ...]] = {
+    "ee6d": (
+        Term("square", (0, 1, 2), 500.0), Term("square", (10, 11, 12), 500.0),
+        Term("square", (3, 4, 5, 6, 7, 8), 10.0), Term("square", (13, 14, 15, 16, 17, 18), 10.0),
+        Term("logit", (9, 19), 1.0),
+    ),
+    "joint": (
+        Term("square", (0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12), 1.0), Term("logit", (6, 13), 0.1),
+    ),
+    "agibot_ee6d": (
+        Term("square", (0, 1, 2), 500.0), Term("square", (10, 11, 12), 500.0),
+        Term("square", (3, 4, 5, 6, 7, 8), 10.0), Term("square", (13, 14, 15, 16, 17, 18), 10.0),
+        Term("square", (9, 19), 10.0),
+    ),
+    # both arms, each arm, and the grippers once more
+    "so101_bimanual": (
+        Term("square", tuple(range(12)), 1.0), Term("square", tuple(range(6)), 1.0),
+        Term("square", tuple(range(6, 12)), 1.0), Term("square", (5, 11), 1.0),
+    ),
+}  # fmt: skip
 _VISION = "model.vlm.vision_tower."
 _SHARED, _EMBED = "shared.weight", "encoder.embed_tokens.weight"
 # options that would change the computation, with the values under which they do not
@@ -189,6 +212,11 @@ def _read_expert(
         d_time=config.get("dim_time", given.get("d_time", base.d_time)),
         domain_projections=prefix + "vlm_proj.fc.weight" in layout.checkpoint.tensors,
     )
+
+
+def loss_terms(mode: str, d_real: int) -> tuple[Term, ...]:
+    """The training objective of an action space, in which the robot has d_real channels."""
+    return _TERMS.get(mode, (Term("square", tuple(range(d_real)), 1.0),))
 
 
 def _action_space(

@@ -5,26 +5,30 @@ MuJoCo chooses how to draw when it is imported, so the choice is made here, befo
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
-_SIM_PACKAGES = ("gymnasium", "matplotlib", "mujoco")
+_SIM_PACKAGES = ("gymnasium", "matplotlib", "mujoco", "pyarrow")
 
 if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
     os.environ.setdefault("MUJOCO_GL", "egl")
 
 
 @contextmanager
-def needs_sim_extra() -> Iterator[None]:
-    """Around imports of the `sim` extra: a missing package becomes an error that says how to install it.
+def needs_packages(packages: Sequence[str], remedy: str) -> Iterator[None]:
+    """Around imports of optional packages: where one of them is missing, the error says what to do.
 
+    packages: their import names; remedy: what needs them and how they are installed.
     Raises ModuleNotFoundError.
     """
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in _SIM_PACKAGES:
+        if error.name is None or error.name.partition(".")[0] not in packages:
             raise
-        raise ModuleNotFoundError(
-            f"{error.name} is not installed; simulators and figures need: pip install hooked-vla[sim]", name=error.name
-        ) from error
+        raise ModuleNotFoundError(f"{error.name} is not installed; {remedy}", name=error.name) from error
+
+
+def needs_sim_extra() -> AbstractContextManager[None]:
+    """`needs_packages` for the `sim` extra."""
+    return needs_packages(_SIM_PACKAGES, "simulators and figures need: pip install hooked-vla[sim]")

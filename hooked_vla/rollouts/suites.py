@@ -10,12 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
+import numpy as np
+from jaxtyping import Float64
 
 from hooked_vla.inputs import Observation
 
 # module under hooked_vla.rollouts -> the suites that it defines
 _ADAPTERS: dict[str, tuple[str, ...]] = {
     "tabletop": ("goal", "object", "spatial", "shift", "style"),
+    "libero": ("libero_goal", "libero_object", "libero_spatial", "libero_10"),
+    "metaworld": ("metaworld",),
+    "aloha": ("aloha_transfer_cube", "aloha_insertion"),
+    "pusht": ("pusht",),
+    "simpler": ("simpler_bridge",),
 }
 
 
@@ -35,7 +42,9 @@ class Suite:
     steps a second. make(task, cameras, image_size): a Gymnasium environment of the task, whose observation is
     {"pixels": {camera: uint8 [H W 3]}, "state": float32 [d_state], "instruction": str}, and whose info has
     "is_success"; the same seed of `reset` gives the same episode. n_starts: the episode seeds that differ, for suites
-    whose starting states are a fixed list; None where every seed gives another.
+    whose starting states are a fixed list; None where every seed gives another. expert(task): a scripted expert, called
+    with an environment of the task and giving its action [d_action]; one expert acts in one environment, and starts
+    anew when that is reset. None where there is none; it raises ValueError for a task that it cannot do.
     """
 
     name: str
@@ -47,6 +56,9 @@ class Suite:
     fps: int
     make: Callable[[str, Sequence[str], int], gymnasium.Env[dict[str, Any], Any]]
     n_starts: int | None = None
+    expert: Callable[[str], Callable[[gymnasium.Env[dict[str, Any], Any]], Float64[np.ndarray, " d_action"]]] | None = (
+        None
+    )
 
     def task(self, name: str) -> SuiteTask:
         """A task by its id.

@@ -60,7 +60,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], ArrayLike]):
             raise ValueError(f"unknown render_mode {render_mode!r}; modes: {self.metadata['render_modes']}")
         if task is None and suite in TASKS:
             task = TASKS[suite][0].id
-        self.task = find_task(suite, task or "")
+        self.suite, self.task = suite, find_task(suite, task or "")
         self.image_size, self.cameras, self.render_mode = image_size, tuple(cameras), render_mode
         image = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.observation_space = spaces.Dict(
@@ -74,15 +74,18 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], ArrayLike]):
         self.model = mujoco.MjModel.from_xml_string(scene.scene_xml(self.task.blocks, self.task.pads, image_size))
         self.data = mujoco.MjData(self.model)
         self._cup = self.model.geom("cup").id
-        self._holders = {self.model.geom(name).id for name in self.task.blocks}
+        self._holders = [self.model.geom(name).id for name in self.task.blocks]
         self._renderer: mujoco.Renderer | None = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """A new arrangement of blocks and a new start of the cup, drawn from the seed; there are no options."""
-        if options:
-            raise ValueError(f"this environment has no reset options, got {sorted(options)}")
+        """A new arrangement of blocks and a new start of the cup, drawn from the seed.
+
+        options: {"task": name} goes on with another task of the suite, if its scene has the same blocks and pads.
+        Raises ValueError for any other option, and for a task of another scene.
+        """
+        self._take_options(options or {})
         super().reset(seed=seed)
         mujoco.mj_resetData(self.model, self.data)
         slots = self.np_random.permutation(np.array(self.task.slots))[: len(self.task.blocks)]
@@ -159,16 +162,33 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], ArrayLike]):
         )
 
     @property
+    def proprioception(self) -> Float32[np.ndarray, " 4"]:
+        """The state that a policy is shown: rim of the cup (x, y, z) in metres, and 1 while it holds a block."""
+        return np.array([*self.data.site("rim").xpos, self.holds], dtype=np.float32)
+
+    @property
     def holds(self) -> bool:
         """Suction is on and a block touches the cup."""
         if self.data.ctrl[3] == 0:
             return False
-        touching = (set(contact.geom) for contact in self.data.contact if contact.dist < 0.002)
-        return any(self._cup in pair and pair & self._holders for pair in touching)
+        pairs = self.data.contact.geom[self.data.contact.dist < 0.002]
+        with_cup = pairs[(pairs == self._cup).any(axis=1)]
+        return bool(np.isin(with_cup, self._holders).any())
 
     def expert_action(self) -> Float64[np.ndarray, " 4"]:
         """What the scripted expert does here."""
         return expert_action(self.situation, self.task.style)
+
+    def _take_options(self, options: dict[str, Any]) -> None:
+        if unknown := sorted(set(options) - {"task"}):
+            raise ValueError(f"unknown reset options {unknown} of the tabletop; options: ['task']")
+        if "task" in options:
+            task = find_task(self.suite, options["task"])
+            if (task.blocks, task.pads) != (self.task.blocks, self.task.pads):
+                raise ValueError(
+                    f"the task {task.id!r} has another scene than {self.task.id!r}: make its own environment"
+                )
+            self.task = task
 
     def _drive(self, slides: np.ndarray, suction: bool) -> None:
         """Set the motors' targets."""
@@ -178,12 +198,9 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], ArrayLike]):
     def _observe(self) -> dict[str, Any]:
         return {
             "pixels": {camera: self.image(camera) for camera in self.cameras},
-            "state": self._state(),
+            "state": self.proprioception,
             "instruction": self.instruction,
         }
-
-    def _state(self) -> Float32[np.ndarray, " 4"]:
-        return np.array([*self.data.site("rim").xpos, self.holds], dtype=np.float32)
 
     def _info(self) -> dict[str, Any]:
         poses = {

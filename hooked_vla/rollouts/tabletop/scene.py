@@ -71,7 +71,7 @@ def scene_xml(blocks: Iterable[str], pads: Iterable[str], image_size: int) -> st
       <position kp="2500" kv="110"/>
     </default>
     <default class="hand"> <geom contype="0" conaffinity="0" rgba=".30 .30 .33 1"/> </default>
-    <default class="block"> <geom mass=".05" friction="1 .01 .001" condim="4"/> </default>
+    <default class="block"> <geom mass=".05" friction="1 .01 .001" condim="3"/> </default>
   </default>
   <worldbody>
     <camera name="agent" pos="0 -.80 .80" xyaxes="1 0 0 0 .707 .707" fovy="42"/>

@@ -1,0 +1,90 @@
+"""From recorded moments to batches: prompts drawn, the model's own processor applied and the frozen tower run, once."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import trange
+
+from hooked_vla import lerobot
+from hooked_vla.inputs import ModelInputs, Observation
+from hooked_vla.rollouts.tabletop.tasks import find_task
+from hooked_vla.training.dataset import Moments
+from hooked_vla.training.language import prompt_variants
+from hooked_vla.vla import HookedVLA
+
+_AT_ONCE = 128
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """Shares of the training prompts that are said in other words, or left empty."""
+
+    paraphrased: float = 0.5
+    dropped: float = 0.04
+
+
+@dataclass(frozen=True)
+class Batch:
+    """inputs with the tower's features, normalised target actions, and where block and pad are (x, y, x, y; metres)."""
+
+    inputs: ModelInputs
+    actions: Float[Tensor, "batch step d_action"]
+    goals: Float[Tensor, "batch 4"]
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def rows(self, rows: Sequence[int]) -> "Batch":
+        """Some rows of it."""
+        return Batch(self.inputs.rows(rows), self.actions[rows], self.goals[rows])
+
+
+@torch.no_grad()
+def encode(model: HookedVLA, moments: Moments, prompting: Prompting, seed: int) -> Batch:
+    """All moments as one batch without images; the features of the tower are kept in half precision."""
+    rng = np.random.default_rng(seed)
+    variants = [
+        prompt_variants(find_task(suite, task).instruction, 64, rng, prompting.paraphrased, prompting.dropped)
+        for suite, task in moments.tasks
+    ]
+    prompts = [variants[task][rng.integers(64)] for task in moments.task]
+    cameras = model.spec.features.cameras
+    parts = []
+    for start in trange(0, len(moments), _AT_ONCE, desc="vision features", unit="batch"):
+        rows = slice(start, start + _AT_ONCE)
+        images = {camera: moments.images[rows, i] for i, camera in enumerate(cameras)}
+        inputs = model.prepare(Observation(images, moments.state[rows], prompts[rows]))
+        parts.append(replace(inputs, features=model.net.vision_features(inputs).half(), images=None))
+    actions = model.processor.normalizer(lerobot.ACTION, torch.from_numpy(moments.chunk))
+    return Batch(concatenate(parts), actions, torch.from_numpy(moments.goal))
+
+
+def concatenate(parts: Sequence[ModelInputs]) -> ModelInputs:
+    """Inputs one after the other.
+
+    Raises ValueError when they differ in what is not a row, such as the length of the text.
+    """
+    first, joined = parts[0], {}
+    for name in (each.name for each in fields(first)):
+        values = [getattr(part, name) for part in parts]
+        if isinstance(values[0], Tensor):
+            if len({value.shape[1:] for value in values}) > 1:
+                raise ValueError(f"{name} has shapes {sorted({tuple(value.shape[1:]) for value in values})} by row")
+            joined[name] = torch.cat(values)
+    return replace(first, **joined)
+
+
+def shuffled(batch: Batch, size: int, seed: int, skip: int = 0) -> Iterator[Batch]:
+    """Endless batches of `size` rows; every row comes once before any comes again. skip: so many batches are left out."""
+    rng, n_left_out = np.random.default_rng(seed), 0
+    while True:
+        order = rng.permutation(len(batch))
+        for start in range(0, len(order) - size + 1, size):
+            if n_left_out < skip:
+                n_left_out += 1
+                continue
+            yield batch.rows(order[start : start + size].tolist())
