@@ -12,6 +12,7 @@ from rich.table import Table
 from hooked_vla import registry
 from hooked_vla.describe import hook_table, hooks_markdown, n_parameters, pathways
 from hooked_vla.rollouts.cli import rollouts
+from hooked_vla.rollouts.export_cli import export
 from hooked_vla.serving.cli import serve
 from hooked_vla.vla import HookedVLA
 from hooked_vla.weights import open_checkpoint
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 
 app.command()(rollouts)
+app.command()(export)
 app.command()(serve)
 
 

@@ -47,6 +47,8 @@ SPEC = FeatureVLASpec(
     flow=EmbodimentFlowSpec(
         n_steps=4, chunk=16, d_action=32, d_state=64, n_state_steps=1, n_buckets=1000, n_embodiments=32, embodiment=31,
         d_hidden=1024, n_future=32, n_positions=1024,
+        # (0.999 - beta) / 0.999
+        train_times=(1.0, -0.001 / 0.999),
     ),
     chat=ChatSpec(
         start="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",

@@ -49,6 +49,8 @@ SPEC = FeatureVLASpec(
     flow=EmbodimentFlowSpec(
         n_steps=4, chunk=40, d_action=132, d_state=132, n_state_steps=1, n_buckets=1000, n_embodiments=32,
         embodiment=10, d_hidden=1024, n_future=0, n_positions=1024,
+        # (1 - beta) · 0.999
+        train_times=(0.999, 0.0),
     ),
     chat=ChatSpec(
         start="<|im_start|>user\n", image_start="<|vision_start|>", image_end="<|vision_end|>", end="<|im_end|>\n",

@@ -144,3 +144,16 @@ TINY = replace(
         max_text=128, pad_text="longest", tokenizer="bytes", normalization={},
     ),
 )  # fmt: skip
+
+# a size that learns the tabletop on a CPU: 96-pixel cameras in 16 tokens each, one token a word or number
+TABLETOP = replace(
+    SPEC,
+    vision=replace(SPEC.vision, image_size=96, patch_size=24, d_model=128, n_layers=3, n_heads=4, d_mlp=384),
+    vlm=replace(SPEC.vlm, d_model=128, n_layers=4, n_heads=4, n_kv_heads=1, d_head=32, d_mlp=256, d_vocab=384),
+    expert=replace(SPEC.expert, d_model=96, n_layers=4, n_heads=4, n_kv_heads=1, d_head=32, d_mlp=192, d_vocab=None),
+    flow=replace(SPEC.flow, chunk=8, d_action=4, d_state=4),
+    features=replace(
+        SPEC.features, cameras=("top", "wrist"), d_state=4, d_action=4, resize=(96, 96), n_action_steps=4,
+        max_text=32, tokenizer="tabletop",
+    ),
+)  # fmt: skip

@@ -75,16 +75,18 @@ class FlowMatchingHead(SamplingHead):
         return (noise - padded - velocity)[..., : actions.shape[-1]].square().mean(-1)
 
 
-class ForwardFlowHead(nn.Module):
+class ForwardFlowHead(SamplingHead):
     """Euler integration of a velocity field from noise at t = 0 to actions at t = 1, t given in whole buckets.
 
     n_buckets: how many buckets the unit of time has; step k of n is in bucket floor(k / n · n_buckets).
+    train_times: what the ends 0 and 1 of the Beta distribution that training draws from become.
     """
 
-    def __init__(self, n_steps: int, n_buckets: int, chunk: int, d_action: int) -> None:
-        super().__init__()
-        self.n_steps, self.n_buckets, self.chunk, self.d_action = n_steps, n_buckets, chunk, d_action
-        self.hook_actions = HookPoint("batch chunk d_action", dtype="float32")
+    def __init__(
+        self, n_steps: int, n_buckets: int, chunk: int, d_action: int, train_times: tuple[float, float]
+    ) -> None:
+        super().__init__(n_steps, chunk, d_action)
+        self.n_buckets, self.train_times = n_buckets, train_times
 
     def forward(self, noise: Chunk, denoise: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], run: Run) -> Chunk:
         """`denoise(x, bucket)` returns the chunk it saw (after hooks) and the velocity there; bucket is [batch]."""
@@ -96,6 +98,24 @@ class ForwardFlowHead(nn.Module):
             x = x + dt * velocity
         run.denoise_step = None
         return self.hook_actions(x)
+
+    def draw_time(self, draws: Draws, batch: int) -> Float[Tensor, " batch"]:
+        """A draw of Beta(1.5, 1), between the training times (Isaac-GR00T: flow_matching_action_head.py)."""
+        at_0, at_1 = self.train_times
+        return at_0 + (at_1 - at_0) * draws.beta(TIME_ALPHA, (batch,))
+
+    def losses(
+        self,
+        actions: Target,
+        noise: Chunk,
+        time: Float[Tensor, " batch"],
+        denoise: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> StepLosses:
+        """Squared error of the velocity at (1 - t) · noise + t · actions, which is actions - noise, over the target's
+        channels; the expert is told the bucket that t falls in."""
+        padded, mix = pad_channels(actions, self.d_action), time[:, None, None]
+        _, velocity = denoise((1 - mix) * noise + mix * padded, (time * self.n_buckets).long())
+        return (padded - noise - velocity)[..., : actions.shape[-1]].square().mean(-1)
 
 
 class LinearHead(nn.Module):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vla.components.denoising import squared_cosine_betas
@@ -14,17 +14,6 @@ def squared_cosine_signal(n_steps: int) -> list[float]:
     """Share of the signal's variance left after step t = 0 .. n_steps - 1, in float32 as the source stores it."""
     alphas = 1 - np.array(squared_cosine_betas(n_steps), dtype=np.float32)
     return alphas.cumprod(dtype=np.float64).astype(np.float32).tolist()
-
-
-def add_noise(
-    clean: Float[Tensor, "batch chunk d_action"],
-    noise: Float[Tensor, "batch chunk d_action"],
-    step: Int[Tensor, " batch"],
-    signal: Float[Tensor, " n_steps"],
-) -> Float[Tensor, "batch chunk d_action"]:
-    """sqrt(signal) · clean + sqrt(1 - signal) · noise, with what is left of the signal at each row's step t."""
-    left = signal[step][:, None, None]
-    return left.sqrt() * clean + (1 - left).sqrt() * noise
 
 
 def ddim_step(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from einops import repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -49,6 +50,17 @@ def noise_schedule(spec: SamplerSpec) -> Float[Tensor, " n_train_steps"]:
         known = "squaredcos_cap_v2, linear, scaled_linear, sigmoid"
         raise ValueError(f"unknown noise schedule {spec.schedule!r}; known: {known}")
     return (1 - betas).cumprod(0)
+
+
+def add_noise(
+    clean: Float[Tensor, "batch chunk d_action"],
+    noise: Float[Tensor, "batch chunk d_action"],
+    step: Int[Tensor, " batch"],
+    signal: Float[Tensor, " n_steps"],
+) -> Float[Tensor, "batch chunk d_action"]:
+    """sqrt(signal) · clean + sqrt(1 - signal) · noise, with what is left of the signal at each row's step t."""
+    left = signal[step][:, None, None]
+    return left.sqrt() * clean + (1 - left).sqrt() * noise
 
 
 class Step(NamedTuple):
@@ -130,6 +142,25 @@ class DiffusionHead(nn.Module):
                 x = x + step.fresh * draws.normal(shape)
         run.denoise_step = None
         return self.hook_actions(x[:, self.start : self.start + self.chunk])
+
+    def losses(
+        self,
+        actions: Chunk,
+        draws: Draws,
+        n_draws: int,
+        denoise: Callable[[Chunk, Int[Tensor, " row"]], tuple[Tensor, Tensor]],
+    ) -> Float[Tensor, "row horizon"]:
+        """Squared error of the prediction at a drawn training step, over channels; n_draws batches in a row.
+
+        Drawn for each: the noise, then each row's step, integers [batch].
+        """
+        n, batch = self.spec.n_train_steps, len(actions)
+        drawn = [(draws.normal(actions.shape), draws.integers(n, (batch,))) for _ in range(n_draws)]
+        noise, time = (torch.cat(each) for each in zip(*drawn, strict=True))
+        clean = repeat(actions, "b t d -> (n b) t d", n=n_draws)
+        _, prediction = denoise(add_noise(clean, noise, time, noise_schedule(self.spec).to(clean)), time)
+        target = noise if self.spec.prediction == "epsilon" else clean
+        return (prediction - target).square().mean(-1)
 
     def _split(self, x: Chunk, prediction: Chunk, step: Step) -> tuple[Chunk, Chunk]:
         """The noise in x as predicted, and the clean chunk, clipped."""

@@ -10,17 +10,24 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from einops import rearrange
-from jaxtyping import Float
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_vla.components.denoising import DiffusionHead, noise_schedule
-from hooked_vla.components.keypoints import CameraTowers, FeatureConnector, KeypointResNet, encoder_segments
+from hooked_vla.components.keypoints import (
+    CameraTowers,
+    FeatureConnector,
+    KeypointResNet,
+    encoder_segments,
+    image_size,
+)
+from hooked_vla.components.losses import check_targets, mean_of_draws, mean_of_steps
 from hooked_vla.components.unet1d import FINAL_GROUPS, UNet1d, level_stream
 from hooked_vla.hooks.point import Run
 from hooked_vla.inputs import ACTION, Draws, Segments, StepInputs, image_segment
 from hooked_vla.lerobot import read_step_features, write_step_features
-from hooked_vla.models.network import Network
+from hooked_vla.models.network import Network, pixels
 from hooked_vla.models.sizes import layer_count, resnet_from_shapes, resnet_name
 from hooked_vla.spec import DiffusionPolicySpec, KeypointSpec, ResNetSpec, SamplerSpec, UNetSpec
 
@@ -65,9 +72,10 @@ class DiffusionPolicy(Network):
         assert inputs.state is not None
         dtype = self.expert.time_mlp_in.weight.dtype
         parts = [inputs.state.to(dtype)]
-        if inputs.images is not None:
-            _, n_steps, n_cameras = inputs.images.shape[:3]
-            features = self.connector(self.vision(rearrange(inputs.images, "b s n c h w -> (b s n) c h w")))
+        if self.spec.features.cameras:
+            keypoints = self.vision_features(inputs)
+            _, n_steps, n_cameras = keypoints.shape[:3]
+            features = self.connector(rearrange(keypoints, "b s n d -> (b s n) d"))
             parts.append(rearrange(features.to(dtype), "(b s n) d -> b s (n d)", s=n_steps, n=n_cameras))
         if inputs.environment is not None:
             parts.append(inputs.environment.to(dtype))
@@ -81,13 +89,42 @@ class DiffusionPolicy(Network):
             self.expert.hook_clean_actions, run,
         )  # fmt: skip
 
+    def training_loss(
+        self,
+        inputs: StepInputs,
+        actions: Float[Tensor, "batch horizon d_action"],
+        valid: Bool[Tensor, "batch horizon"] | None,
+        draws: Draws,
+        run: Run,
+        n_draws: int = 1,
+    ) -> Float[Tensor, " batch"]:
+        """As Network's, but the targets are all `horizon` steps that the U-Net denoises, from the oldest observation's
+        on; drawn: noise, then each row's training step, integers [batch]. The condition is computed once a row."""
+        batch, spec = inputs.batch_size, self.spec
+        check_targets(actions, valid, (batch, spec.horizon, spec.features.d_action), n_draws)
+        condition = repeat(self.condition(inputs), "b d -> (n b) d", n=n_draws)
+        valid = None if valid is None else repeat(valid, "b t -> (n b) t", n=n_draws)
+        with self.inputs_replaced(lambda: inputs.rows(list(range(batch)) * n_draws), run):
+            losses = self.head.losses(actions, draws, n_draws, lambda x, time: self.expert(x, time, condition))
+        return mean_of_draws(mean_of_steps(losses, valid), n_draws)
+
+    def see(self, inputs: StepInputs) -> Float[Tensor, "batch step camera d_keypoints"]:
+        """The keypoints of every image: there are no places beside them."""
+        images = pixels(inputs)
+        keypoints = self.vision(rearrange(images, "b s n c h w -> (b s n) c h w"))
+        return rearrange(keypoints, "(b s n) d -> b s n d", s=images.shape[1], n=images.shape[2])
+
+    @property
+    def d_features(self) -> int:
+        return 2 * self.spec.keypoints.n_keypoints
+
     def segments(self, inputs: StepInputs) -> dict[str, Segments]:
         """Token segments of every stream."""
         batch, found = inputs.batch_size, dict[str, Segments]()
-        if inputs.images is not None:
+        if self.spec.features.cameras:
             names = tuple(image_segment(camera) for camera in inputs.cameras)
-            n_images = batch * inputs.images.shape[1]
-            found = encoder_segments(self.vision, names, n_images, *inputs.images.shape[-2:])
+            n_images = batch * self.spec.features.n_obs_steps
+            found = encoder_segments(self.vision, names, n_images, *image_size(self.spec.vision, self.spec.keypoints))
         for level in range(len(self.spec.unet.widths)):
             n_steps = self.spec.horizon // 2**level
             found[level_stream(level)] = Segments.from_spans([(ACTION, n_steps)], batch)

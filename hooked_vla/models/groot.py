@@ -28,19 +28,18 @@ from hooked_vla.components.norm import AdaLayerNorm, LayerNorm, RMSNorm, UnitLay
 from hooked_vla.components.patch_vit import DeepstackBlock, DeepstackConnector, PatchViT
 from hooked_vla.components.rope import Rotation, multimodal_rotation, rotation
 from hooked_vla.components.vit import AttentionPool, ViT
-from hooked_vla.hooks.point import HookPoint, Run
+from hooked_vla.hooks.point import HookPoint
 from hooked_vla.inputs import (
     ACTION,
     FUTURE,
     LANGUAGE,
     STATE,
-    Draws,
     EmbodiedInputs,
     Segments,
     image_segment,
 )
 from hooked_vla.models.groot_config import read_spec, write_config
-from hooked_vla.models.network import Network, share_parameters
+from hooked_vla.models.network import ExpertNetwork, pixels, share_parameters
 from hooked_vla.spec import AdapterSpec, DecoderSpec, DiTSpec, EmbodimentFlowSpec, FeatureVLASpec, VisionSpec
 
 # width of the time's sinusoid before its MLP; diffusers: Timesteps(num_channels=256)
@@ -198,6 +197,20 @@ class Reads:
     layers: list[KeysValues | None]
     masks: dict[str, Tensor | None]
 
+    def repeat(self, n: int) -> "Reads":
+        """The same for n batches in a row."""
+
+        def rows(value: Tensor) -> Tensor:
+            return repeat(value, "b ... -> (n b) ...", n=n)
+
+        return Reads(
+            state=rows(self.state),
+            future=None if self.future is None else rows(self.future),
+            embodiment=rows(self.embodiment),
+            layers=[None if kv is None else KeysValues(rows(kv.k), rows(kv.v)) for kv in self.layers],
+            masks={kind: None if mask is None else rows(mask) for kind, mask in self.masks.items()},
+        )
+
 
 class ActionExpert(nn.Module):
     """Velocity of a noisy action chunk."""
@@ -296,7 +309,7 @@ def _dit_block(spec: DiTSpec, kind: str, d_source: int, source: str) -> Conditio
     )  # fmt: skip
 
 
-class GR00T(Network):
+class GR00T(ExpertNetwork):
     """The whole network: images, tokens, state, embodiment and noise to a normalised chunk at its padded width."""
 
     def __init__(self, spec: FeatureVLASpec) -> None:
@@ -306,42 +319,42 @@ class GR00T(Network):
         if isinstance(spec.vision, VisionSpec):
             self.vision = PixelTower(spec.vision, spec.vision_pool)
             self.connector = LinearConnector(spec.vision.d_model, d_vlm, bias=True)
-            self.merge, n_taps = 1, 0
+            self.merge, self.n_taps = 1, 0
         else:
             self.vision = PatchViT(spec.vision)
-            self.merge, n_taps = spec.vision.merge, len(spec.vision.taps)
-            self.connector = DeepstackConnector(spec.vision.d_model, d_vlm, spec.vision.merge, spec.vision.eps, n_taps)
-        self.vlm = LanguageModel(spec, n_taps)
+            self.merge, self.n_taps = spec.vision.merge, len(spec.vision.taps)
+            self.connector = DeepstackConnector(
+                spec.vision.d_model, d_vlm, spec.vision.merge, spec.vision.eps, self.n_taps
+            )
+        self.vlm = LanguageModel(spec, self.n_taps)
         self.source = "vlm" if spec.adapter is None else "adapter"
         if spec.adapter is not None:
             self.adapter = Adapter(d_vlm, spec.adapter)
         self.expert = ActionExpert(spec.expert, spec.flow, d_vlm, self.source)
-        self.head = ForwardFlowHead(spec.flow.n_steps, spec.flow.n_buckets, spec.flow.chunk, spec.flow.d_action)
+        flow = spec.flow
+        self.head = ForwardFlowHead(flow.n_steps, flow.n_buckets, flow.chunk, flow.d_action, flow.train_times)
         share_parameters(self, spec.tied)
-
-    @property
-    def n_denoise_steps(self) -> int:
-        return self.head.n_steps
 
     @property
     def dead_ends(self) -> list[str]:
         """Every feature is read, padding's too: only what comes after the features is not."""
         unread = [] if self.vlm.final_norm else ["vlm.ln_final.*"]
-        n_taps = len(getattr(self.connector, "deepstack", ()))
-        return unread + [f"connector.deepstack.{i}.*" for i in range(self.vlm.n_deepstack, n_taps)]
+        return unread + [f"connector.deepstack.{i}.*" for i in range(self.vlm.n_deepstack, self.n_taps)]
 
-    def sample_actions(self, inputs: EmbodiedInputs, draws: Draws, run: Run) -> Float[Tensor, "batch chunk d_action"]:
-        """The prefix once, then the expert at every denoise step; one draw, the starting noise."""
-        noise = draws.normal((inputs.batch_size, self.head.chunk, self.head.d_action))
-        reads = self.prefill(inputs)
-        return self.head(noise, lambda x, bucket: self.expert(x, bucket, reads), run)
+    @property
+    def d_features(self) -> int:
+        return self.vision.d_model * (1 + self.n_taps)
+
+    def see(self, inputs: EmbodiedInputs) -> Float[Tensor, "batch camera patch d_vision"]:
+        """The tower's last features of each patch, then those at its taps, channel by channel."""
+        last, tapped = self.vision(rearrange(pixels(inputs), "b n ... -> (b n) ..."), inputs.grid)
+        return rearrange(torch.cat([last, *tapped], dim=-1), "(b n) s d -> b n s d", b=inputs.batch_size)
 
     def prefill(self, inputs: EmbodiedInputs) -> Reads:
         """Everything that does not depend on the denoise step."""
-        images = rearrange(inputs.images, "b n ... -> (b n) ...")
-        seen, tapped = self.vision(images, inputs.grid)
-        mergers = getattr(self.connector, "deepstack", ())
-        tokens = [self.connector(seen), *(merger(each) for merger, each in zip(mergers, tapped, strict=True))]
+        seen = rearrange(self.vision_features(inputs), "b n s (t d) -> t (b n) s d", t=1 + self.n_taps)
+        mergers = [self.connector, *getattr(self.connector, "deepstack", ())]
+        tokens = [merger(each.contiguous()) for merger, each in zip(mergers, seen, strict=True)]
         image_tokens, *deepstack = (rearrange(each, "(b n) s d -> b (n s) d", b=inputs.batch_size) for each in tokens)
         features = self.vlm(inputs, self.image_grid(inputs), image_tokens, deepstack)
         if self.source == "adapter":

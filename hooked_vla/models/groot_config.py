@@ -328,6 +328,7 @@ def _read_flow(
         d_state=d_in // n_state_steps,
         n_state_steps=n_state_steps,
         n_buckets=config.get("num_timestep_buckets", base.n_buckets),
+        train_times=base.train_times,
         n_embodiments=n,
         embodiment=geometry.get("embodiment", min(base.embodiment, n - 1)),
         d_hidden=d_hidden,

@@ -1,5 +1,6 @@
 """What every family's network offers, so that hooks, rollouts and tools need not know which one they drive."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from hooked_vla.components.action_head import SamplingHead
 from hooked_vla.components.losses import check_targets, mean_of_draws, mean_of_steps
+from hooked_vla.components.vit import ViT
 from hooked_vla.hooks.point import Run, SegmentTable
 from hooked_vla.inputs import Draws, ModelInputs, Segments
 
@@ -175,6 +177,13 @@ def pixels(inputs: Any) -> Tensor:
     if inputs.images is None:
         raise ValueError("the inputs have neither images nor vision features")
     return inputs.images
+
+
+def count_patches(vision: ViT, inputs: Any) -> int:
+    """Patches of each image that the tower reads, or has read."""
+    if inputs.features is not None:
+        return inputs.features.shape[2]
+    return math.prod(vision.grid(*pixels(inputs).shape[-2:]))
 
 
 def expand_ties(tied: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:

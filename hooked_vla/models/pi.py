@@ -28,7 +28,7 @@ from hooked_vla.components.rope import Rotation, rotation
 from hooked_vla.components.vit import ViT
 from hooked_vla.hooks.point import HookPoint
 from hooked_vla.inputs import ACTION, LANGUAGE, STATE, Segments, VLAInputs, image_segment
-from hooked_vla.models.network import ExpertNetwork, Network, expand_ties, pixels, share_parameters
+from hooked_vla.models.network import ExpertNetwork, Network, count_patches, expand_ties, share_parameters
 from hooked_vla.models.pi_config import read_spec, write_config
 from hooked_vla.spec import DecoderSpec, JointFlowVLASpec, PrefixVLASpec, VisionSpec
 
@@ -127,22 +127,16 @@ class PrefixNetwork(Network):
         features = rearrange(self.vision_features(inputs), "b n s d -> (b n) s d")
         return rearrange(self.connector(features), "(b n) s d -> b (n s) d", n=len(inputs.cameras))
 
-    def n_image_tokens(self, inputs: VLAInputs) -> int:
-        """Tokens of each image."""
-        if inputs.features is not None:
-            return inputs.features.shape[2]
-        return math.prod(self.vision.grid(*pixels(inputs).shape[-2:]))
-
     def valid(self, inputs: VLAInputs, text_mask: Bool[Tensor, "batch text"]) -> Bool[Tensor, "batch seq"]:
         """Which tokens of the prefix are neither padding nor of a camera that is not there."""
-        seen = repeat(inputs.image_mask, "b n -> b (n s)", s=self.n_image_tokens(inputs))
+        seen = repeat(inputs.image_mask, "b n -> b (n s)", s=count_patches(self.vision, inputs))
         return torch.cat([seen, text_mask], dim=1)
 
     def prefix_segments(
         self, inputs: VLAInputs, text: list[tuple[str, int]], text_mask: Bool[Tensor, "batch text"]
     ) -> dict[str, Segments]:
         """Segments of every stream up to the prefix; text: (segment, length) of what follows the images."""
-        n_tokens, batch = self.n_image_tokens(inputs), inputs.batch_size
+        n_tokens, batch = count_patches(self.vision, inputs), inputs.batch_size
         names = tuple(image_segment(camera) for camera in inputs.cameras)
         camera_of_row = torch.arange(len(names)).repeat(batch)[:, None]
         images = Segments(names, camera_of_row.expand(-1, n_tokens), row_axis="image")

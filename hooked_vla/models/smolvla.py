@@ -30,7 +30,7 @@ from hooked_vla.components.vit import ViT
 from hooked_vla.hooks.point import HookPoint
 from hooked_vla.inputs import ACTION, LANGUAGE, PAD, SPECIAL, STATE, Segments, VLAInputs, image_segment
 from hooked_vla.lerobot import positive, read_features, write_features
-from hooked_vla.models.network import ExpertNetwork, pixels
+from hooked_vla.models.network import ExpertNetwork, count_patches
 from hooked_vla.models.sizes import decoder_from_shapes, layer_count, siglip_from_shapes, text_sizes
 from hooked_vla.spec import DecoderSpec, ExpertSpec, FlowSpec, FlowVLASpec, PrefixSpec
 
@@ -257,12 +257,6 @@ class SmolVLA(ExpertNetwork):
     def d_features(self) -> int:
         return self.vision.d_model
 
-    def n_patches(self, inputs: VLAInputs) -> int:
-        """Patches of each image."""
-        if inputs.features is not None:
-            return inputs.features.shape[2]
-        return math.prod(self.vision.grid(*pixels(inputs).shape[-2:]))
-
     def prefill(self, inputs: VLAInputs) -> PrefixReads:
         """Everything that does not depend on the denoise step."""
         features = rearrange(self.vision_features(inputs), "b n s d -> (b n) s d")
@@ -274,7 +268,7 @@ class SmolVLA(ExpertNetwork):
 
     def segments(self, inputs: VLAInputs) -> dict[str, Segments]:
         """Token segments of every stream."""
-        n_patches = self.n_patches(inputs)
+        n_patches = count_patches(self.vision, inputs)
         n_tokens = self.connector.n_tokens(n_patches)
         layout = self.vlm.layout(inputs, n_tokens)
         names = tuple(image_segment(camera) for camera in inputs.cameras)

@@ -18,14 +18,14 @@ from hooked_vla.components import mask as masks
 from hooked_vla.components.attention import SelfAttention
 from hooked_vla.components.block import Block
 from hooked_vla.components.code_head import CodeHead
-from hooked_vla.components.keypoints import FeatureConnector, KeypointResNet, encoder_segments
+from hooked_vla.components.keypoints import FeatureConnector, KeypointResNet, encoder_segments, image_size
 from hooked_vla.components.mlp import MLP
 from hooked_vla.components.norm import LayerNorm
 from hooked_vla.hooks.point import HookPoint, Run
 from hooked_vla.inputs import ACTION, STATE, Draws, Segments, StepInputs, image_segment
 from hooked_vla.lerobot import OBS_STATE, read_step_features, write_step_features
 from hooked_vla.models.diffusion import read_keypoints, write_encoder_config
-from hooked_vla.models.network import Network
+from hooked_vla.models.network import Network, pixels
 from hooked_vla.models.sizes import layer_count, resnet_from_shapes
 from hooked_vla.spec import CausalSpec, CodePolicySpec, CodeSpec
 
@@ -151,21 +151,29 @@ class VQBeT(Network):
 
     def sample_actions(self, inputs: StepInputs, draws: Draws, run: Run) -> Float[Tensor, "batch chunk d_action"]:
         """One draw of codes for all queries and codebooks, or one a codebook where codes are predicted in sequence."""
-        assert inputs.images is not None and inputs.state is not None
-        features = self.connector(self.vision(rearrange(inputs.images, "b s n c h w -> (b s n) c h w")))
+        assert inputs.state is not None
+        features = self.connector(rearrange(self.vision_features(inputs), "b s n d -> (b s n) d"))
         images = rearrange(features, "(b s) d -> b s d", b=inputs.batch_size)
         run.denoise_step = 0
         outputs = self.expert(images, inputs.state)
         run.denoise_step = None
         return self.head(self.expert.at_queries(outputs), draws)
 
+    def see(self, inputs: StepInputs) -> Float[Tensor, "batch step 1 d_keypoints"]:
+        """The keypoints of every image: there are no places beside them."""
+        keypoints = self.vision(rearrange(pixels(inputs), "b s n c h w -> (b s n) c h w"))
+        return rearrange(keypoints, "(b s n) d -> b s n d", b=inputs.batch_size, n=1)
+
+    @property
+    def d_features(self) -> int:
+        return 2 * self.spec.keypoints.n_keypoints
+
     def segments(self, inputs: StepInputs) -> dict[str, Segments]:
         """Token segments of every stream."""
-        assert inputs.images is not None
         batch, n = inputs.batch_size, self.expert.n_obs_steps
         (camera,) = inputs.cameras
-        name = image_segment(camera)
-        return encoder_segments(self.vision, (name,), batch * n, *inputs.images.shape[-2:]) | {
+        name, size = image_segment(camera), image_size(self.spec.vision, self.spec.keypoints)
+        return encoder_segments(self.vision, (name,), batch * n, *size) | {
             "expert": Segments.from_spans(self.expert.spans(camera), batch),
             "expert.image": Segments.from_spans([(name, n)], batch),
             "expert.state": Segments.from_spans([(STATE, n)], batch),

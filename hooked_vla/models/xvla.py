@@ -232,7 +232,7 @@ class XVLA(ExpertNetwork):
 
     @property
     def d_features(self) -> int:
-        return self.vision.stages[-1].d_model
+        return self.connector.d_vision
 
     def see(self, inputs: DomainInputs) -> Float[Tensor, "batch camera row column d_vision"]:
         features, (rows, _) = self.vision(rearrange(pixels(inputs), "b n c h w -> (b n) c h w"))

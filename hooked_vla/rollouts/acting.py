@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
@@ -37,18 +37,16 @@ class Row:
     running: bool = True
 
 
+@runtime_checkable
 class Actor(Protocol):
     """What acts. n_action_steps: actions executed of a chunk; n_seen: observations that a chunk is made from.
 
-    warm_up: what is found out once, from any row. acting: what holds while a group of `n_cells` episodes runs in
-    `rows`; capture: hooks to attach after the edits. act: the actions of every row from here on; those of rows that
-    are not running mean nothing.
+    acting: what holds while a group of `n_cells` episodes runs in `rows`; capture: hooks to attach after the edits.
+    act: the actions of every row from here on; those of rows that are not running mean nothing.
     """
 
     n_action_steps: int
     n_seen: int
-
-    def warm_up(self, row: Row) -> None: ...
 
     @contextmanager
     def acting(self, rows: Sequence[Row], n_cells: int, capture: Sequence[HookRequest]) -> Iterator[None]: ...
@@ -57,36 +55,14 @@ class Actor(Protocol):
 
 
 class ModelActor:
-    """A hooked model under the arms of the rows. name: what messages call the model."""
+    """A hooked model under the arms of the rows. name: what messages call the model; noise: what `try_out` found."""
 
-    def __init__(self, name: str, model: HookedVLA, suite: Suite, arms: Sequence[Arm], settings: Settings) -> None:
+    def __init__(
+        self, name: str, model: HookedVLA, suite: Suite, arms: Sequence[Arm], settings: Settings, noise: SeededNoise
+    ) -> None:
         self.name, self.model, self.suite, self.arms, self.settings = name, model, suite, arms, settings
         self.n_action_steps, self.n_seen = settings.n_action_steps, model.spec.features.n_obs_steps
-        self.noise: SeededNoise | None = None
-
-    def try_out(self, frame: Frame) -> None:
-        """Runs the model on one observation of the suite; what it draws is then known.
-
-        Raises ValueError where the model does not take the observation, or its actions are not the suite's.
-        """
-        try:
-            inputs = self._inputs([frame])
-            noise = SeededNoise.of(self.model, inputs)
-            chunk = self.model.predict_action_chunk(inputs, noise([0], 0), self.settings.unnorm_key)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"the model {self.name!r} cannot act on what the suite {self.suite.name!r} shows: {error.args[0]}"
-            ) from error
-        check_action_width(self.name, chunk.shape[-1], self.suite)
-        if chunk.shape[1] < self.n_action_steps:
-            raise ValueError(
-                f"n_action_steps is {self.n_action_steps}, but the model {self.name!r} plans {chunk.shape[1]} steps"
-            )
         self.noise = noise
-
-    def warm_up(self, row: Row) -> None:
-        if self.noise is None:
-            self.try_out(row.seen[-1])
 
     @contextmanager
     def acting(self, rows: Sequence[Row], n_cells: int, capture: Sequence[HookRequest]) -> Iterator[None]:
@@ -98,7 +74,6 @@ class ModelActor:
             yield
 
     def act(self, rows: Sequence[Row], env_step: int) -> Float32[np.ndarray, "row step d_action"]:
-        assert self.noise is not None
         self.model.run_state.env_step = env_step
         *history, inputs = (self._inputs([row.seen[i] for row in rows]) for i in range(-self.n_seen, 0))
         if isinstance(inputs, StepInputs) and history:
@@ -108,13 +83,37 @@ class ModelActor:
         return chunk[:, : self.n_action_steps].float().cpu().numpy()
 
     def _inputs(self, frames: Sequence[Frame]) -> ModelInputs:
-        images = {
-            camera: np.stack([frame["pixels"][source] for frame in frames])
-            for camera, source in self.settings.cameras.items()
-        }
-        states = np.stack([frame["state"] for frame in frames])
-        obs = Observation(images, states, [frame["instruction"] for frame in frames])
-        return self.model.prepare(obs, self.settings.unnorm_key)
+        return _prepare(self.model, self.settings, frames)
+
+
+def try_out(name: str, model: HookedVLA, suite: Suite, settings: Settings, frame: Frame) -> SeededNoise:
+    """Runs the model on one observation of the suite, which tells what it draws. name: what messages call it.
+
+    Raises ValueError where the model does not take the observation, or its actions are not the suite's.
+    """
+    try:
+        inputs = _prepare(model, settings, [frame])
+        noise = SeededNoise.of(model, inputs)
+        chunk = model.predict_action_chunk(inputs, noise([0], 0), settings.unnorm_key)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the model {name!r} cannot act on what the suite {suite.name!r} shows: {error.args[0]}"
+        ) from error
+    check_action_width(name, chunk.shape[-1], suite)
+    if chunk.shape[1] < settings.n_action_steps:
+        raise ValueError(
+            f"n_action_steps is {settings.n_action_steps}, but the model {name!r} plans {chunk.shape[1]} steps"
+        )
+    return noise
+
+
+def _prepare(model: HookedVLA, settings: Settings, frames: Sequence[Frame]) -> ModelInputs:
+    images = {
+        camera: np.stack([frame["pixels"][source] for frame in frames]) for camera, source in settings.cameras.items()
+    }
+    states = np.stack([frame["state"] for frame in frames])
+    obs = Observation(images, states, [frame["instruction"] for frame in frames])
+    return model.prepare(obs, settings.unnorm_key)
 
 
 class ExpertActor:
@@ -128,9 +127,6 @@ class ExpertActor:
             raise ValueError(f"the suite {suite.name!r} has no scripted expert")
         self.suite, self.make = suite, suite.expert
         self._experts: list[Callable[[Any], Any]] = []
-
-    def warm_up(self, row: Row) -> None:
-        pass
 
     @contextmanager
     def acting(self, rows: Sequence[Row], n_cells: int, capture: Sequence[HookRequest]) -> Iterator[None]:

@@ -12,7 +12,6 @@ when the folder is opened for recording again.
 
 import fcntl
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,6 @@ from torch import Tensor
 
 from hooked_vla.hooks.cache import ROW_AXES, ActivationCache
 from hooked_vla.hooks.cache_file import write_safetensors
-from hooked_vla.hooks.names import is_denoised
 from hooked_vla.inputs import Segments
 from hooked_vla.rollouts import needs_sim_extra
 from hooked_vla.rollouts.records import write_file
@@ -65,6 +63,7 @@ class _Shard:
     lengths: dict[tuple[Any, ...], int] = field(default_factory=dict)
     tables: dict[tuple[Any, ...], int] = field(default_factory=dict)
     axes: dict[str, Sequence[str]] = field(default_factory=dict)
+    token_axes: dict[str, Sequence[str]] = field(default_factory=dict)
     last: dict[tuple[Any, ...], tuple[Tensor, dict[str, Any]]] = field(default_factory=dict)
     n_bytes: int = 0
 
@@ -128,8 +127,9 @@ class ActivationRecorder:
             shard.n_bytes += kept.numel() * kept.element_size()
         else:
             row |= {key: before[1][key] for key in ("tensor", "row", "n_rows")}
-        row["segments"] = [self._table(segments[axis]) for axis in axes if axis in (segments or {})]
-        shard.axes[site] = tuple(axes)
+        given = segments or {}
+        shard.axes[site], shard.token_axes[site] = tuple(axes), [axis for axis in axes if axis in given]
+        row["segments"] = [self._table(given[axis]) for axis in shard.token_axes[site]]
         shard.rows.append(row)
         if shard.n_bytes >= self.shard_bytes:
             self.flush()
@@ -180,6 +180,7 @@ class ActivationRecorder:
             "session": self.session,
             "finished": self._ended,
             "axes": {site: list(axes) for site, axes in shard.axes.items()},
+            "token_axes": {site: list(axes) for site, axes in shard.token_axes.items()},
             "shapes": {name: list(shape) for name, _, shape, _ in tensors},
             "segments": [{"names": key[0], "row_axis": key[2]} for key in shard.tables],
         }
@@ -246,17 +247,13 @@ def read_note(index: Path) -> dict[str, Any]:
 
 def index_files(folder: Path) -> list[Path]:
     """The index files of a recording, in the order of their shards."""
-    return sorted(folder.glob("index/*/*.parquet"))
+    # a machine that lost power may leave names without content
+    return sorted(file for file in folder.glob("index/*/*.parquet") if file.stat().st_size)
 
 
 def shard_of(index: Path) -> Path:
     """The shard that an index file belongs to."""
     return _path(index.parent.parent.parent, "shards", int(index.stem))
-
-
-def is_step_site(site: str) -> bool:
-    """Whether values of the site belong to a denoise step."""
-    return is_denoised(site)
 
 
 def _path(folder: Path, kind: str, number: int) -> Path:
@@ -323,10 +320,6 @@ def _clean(folder: Path) -> tuple[int, set[int]]:
     for shard in folder.glob("shards/*/*"):
         if shard not in kept:
             shard.unlink()
-    for left in folder.glob("index/*/.*.tmp"):
+    for left in set(folder.glob("index/*/*")) - set(index_files(folder)):
         left.unlink()
     return max((int(index.stem) + 1 for index in files), default=0), {episode for episode, _ in done}
-
-
-# the environment's own name for the process, in temporary names of write_safetensors
-assert os.getpid

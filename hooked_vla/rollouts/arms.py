@@ -6,7 +6,7 @@ Rows of a batch may belong to different arms: the hooks of an arm then change it
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool
@@ -18,6 +18,7 @@ from hooked_vla.hooks.point import HookFunction, HookPoint
 from hooked_vla.rollouts.cells import Cell
 
 
+@runtime_checkable
 class Arm(Protocol):
     """What an arm offers; any object with these will do.
 

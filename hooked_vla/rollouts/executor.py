@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from hooked_vla.rollouts.jobs import Job, Task, Worker, pickle_jobs
 from hooked_vla.rollouts.records import Part
@@ -36,6 +36,7 @@ class Event:
     payload: Any = None
 
 
+@runtime_checkable
 class Pool(Protocol):
     """Workers that run one task at a time. A worker takes its first task after it reported "ready"."""
 
@@ -48,6 +49,7 @@ class Pool(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
 class Executor(Protocol):
     """Where a sweep runs. in_process: it needs no copies of models, and watchers can look on."""
 
@@ -185,23 +187,31 @@ class _Processes:
 
 
 def serve(to_driver: Connection) -> None:
-    """What a worker process does: reads its jobs, then runs tasks until the driver is gone."""
+    """What a worker process does, until the driver is gone."""
     # the driver decides what an interrupt means, and standard output is its own
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(2, 1)
     sys.stdout = sys.stderr
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        try:
-            worker = Worker(pickle.loads(to_driver.recv_bytes()))
-            to_driver.send(("ready", None))
-            while True:
-                for part in worker.run(to_driver.recv()):
-                    to_driver.send(("part", part))
-                to_driver.send(("done", worker.take_timing()))
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            raise
-        except Exception as error:
-            to_driver.send(("failed", describe_error(error)))
+        answer(to_driver)
+
+
+def answer(to_driver: Connection) -> None:
+    """Reads jobs, then runs tasks and reports on them; an error is reported, and ends it.
+
+    Raises EOFError or BrokenPipeError when the driver is gone.
+    """
+    try:
+        worker = Worker(pickle.loads(to_driver.recv_bytes()))
+        to_driver.send(("ready", None))
+        while True:
+            for part in worker.run(to_driver.recv()):
+                to_driver.send(("part", part))
+            to_driver.send(("done", worker.take_timing()))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        raise
+    except Exception as error:
+        to_driver.send(("failed", describe_error(error)))
 
 
 def describe_error(error: BaseException) -> str:

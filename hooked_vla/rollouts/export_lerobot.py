@@ -19,8 +19,8 @@ import numpy as np
 
 from hooked_vla.lerobot import ACTION, OBS_STATE, image_key
 from hooked_vla.rollouts import needs_sim_extra
-from hooked_vla.rollouts.replay import Episode
 from hooked_vla.rollouts.column_statistics import ColumnStatistics
+from hooked_vla.rollouts.replay import Episode
 from hooked_vla.rollouts.video import QUALITY, Film, pixel_format
 
 with needs_sim_extra():
@@ -30,7 +30,7 @@ with needs_sim_extra():
 VERSION = "v3.0"
 # lerobot: datasets/utils.py
 FILES_PER_CHUNK = 1000
-DATA_MB, VIDEO_MB = 100, 200
+DATA_BYTES, VIDEO_BYTES = 100 * 2**20, 200 * 2**20
 _FILE = "chunk-{chunk_index:03d}/file-{file_index:03d}"
 _DATA, _VIDEOS = f"data/{_FILE}.parquet", f"videos/{{video_key}}/{_FILE}.mp4"
 _EPISODES = f"meta/episodes/{_FILE}.parquet"
@@ -48,14 +48,14 @@ def write_lerobot(
     episodes: Iterable[Episode],
     robot_type: str | None = None,
     quality: int = QUALITY,
-    data_mb: int = DATA_MB,
-    video_mb: int = VIDEO_MB,
+    data_bytes: int = DATA_BYTES,
+    video_bytes: int = VIDEO_BYTES,
 ) -> Path:
     """Write episodes as a LeRobotDataset; the folder appears when it is complete.
 
-    robot_type: what LeRobot calls the robot. quality: of the films, see Film. data_mb, video_mb: how large a file may
-    grow before the next is begun. What an Episode's `columns` hold becomes columns of the same names, what it holds in
-    `about` columns of the table of episodes.
+    robot_type: what LeRobot calls the robot. quality: of the films, see Film. data_bytes, video_bytes: how large a file
+    may grow before the next is begun. What an Episode's `columns` hold becomes columns of the same names, what its
+    `about` holds columns of the table of episodes.
     Raises FileExistsError where `out` is there already; ValueError for no episodes, for episodes that do not fit
     together (cameras, sizes, widths, fps, columns), and for columns that are neither numbers nor strings.
     """
@@ -70,7 +70,9 @@ def write_lerobot(
             writer: _Writer | None = None
             for episode in episodes:
                 if writer is None:
-                    writer = stack.enter_context(_Writer(temporary, episode, robot_type, quality, data_mb, video_mb))
+                    writer = stack.enter_context(
+                        _Writer(temporary, episode, robot_type, quality, data_bytes, video_bytes)
+                    )
                 writer.add(episode)
             if writer is None:
                 raise ValueError(f"no episodes to write into {out}")
@@ -85,16 +87,16 @@ class _Writer(ExitStack):
     """The data set while it grows; the first episode says what all must be like."""
 
     def __init__(
-        self, root: Path, first: Episode, robot_type: str | None, quality: int, data_mb: int, video_mb: int
+        self, root: Path, first: Episode, robot_type: str | None, quality: int, data_bytes: int, video_bytes: int
     ) -> None:
         super().__init__()
-        self.root, self.robot_type, self.limits = root, robot_type, (data_mb, video_mb)
+        self.root, self.robot_type, self.limits = root, robot_type, (data_bytes, video_bytes)
         self.fps, self.features = first.fps, _features(first)
         self.cameras = {image_key(camera): camera for camera in first.images}
-        self.data = self.enter_context(_Tables(root, _DATA, data_mb * 2**20))
-        self.rows = self.enter_context(_Tables(root, _EPISODES, data_mb * 2**20))
+        self.data = self.enter_context(_Tables(root, _DATA, data_bytes))
+        self.rows = self.enter_context(_Tables(root, _EPISODES, data_bytes))
         self.films = {
-            key: self.enter_context(_Films(root, key, first.fps, quality, video_mb * 2**20)) for key in self.cameras
+            key: self.enter_context(_Films(root, key, first.fps, quality, video_bytes)) for key in self.cameras
         }
         self.tasks: dict[str, int] = {}
         self.statistics: dict[str, ColumnStatistics] = {}
@@ -144,8 +146,8 @@ class _Writer(ExitStack):
         info = {
             "codebase_version": VERSION, "fps": self.fps, "features": self.features,
             "total_episodes": self.n_episodes, "total_frames": self.n_frames, "total_tasks": len(self.tasks),
-            "chunks_size": FILES_PER_CHUNK, "data_files_size_in_mb": self.limits[0],
-            "video_files_size_in_mb": self.limits[1], "data_path": _DATA,
+            "chunks_size": FILES_PER_CHUNK, "data_files_size_in_mb": max(1, self.limits[0] // 2**20),
+            "video_files_size_in_mb": max(1, self.limits[1] // 2**20), "data_path": _DATA,
             "video_path": _VIDEOS if self.films else None, "robot_type": self.robot_type,
             "splits": {"train": f"0:{self.n_episodes}"},
         }  # fmt: skip

@@ -9,6 +9,7 @@ from hooked_vla.rollouts.acting import Actor, ExpertActor, ModelActor
 from hooked_vla.rollouts.arms import Arm
 from hooked_vla.rollouts.cells import Group
 from hooked_vla.rollouts.manifest import weight_hash
+from hooked_vla.rollouts.noise import SeededNoise
 from hooked_vla.rollouts.records import Part
 from hooked_vla.rollouts.runner import Environments, GroupRunner, Timing, Watcher
 from hooked_vla.rollouts.settings import Settings, torch_threads
@@ -49,7 +50,7 @@ class ModelSource:
 class Job:
     """One model on one suite. name: the model's, in tables; model None: the suite's scripted expert acts.
 
-    weights: hash that the model must have, see manifest.py.
+    weights: hash that the model must have, see manifest.py; noise: what it draws. None for the expert.
     """
 
     name: str
@@ -58,16 +59,17 @@ class Job:
     arms: tuple[Arm, ...]
     settings: Settings
     weights: str | None
+    noise: SeededNoise | None
 
     def actor(self, model: HookedVLA | None) -> Actor:
         """Who acts; model: loaded already, or None."""
-        if self.model is None:
+        if self.model is None or self.noise is None:
             return ExpertActor(self.suite)
         if model is None:
             model = self.model if isinstance(self.model, HookedVLA) else self.model.load()
             if (found := weight_hash(model)) != self.weights:
                 raise RuntimeError(f"{self.name!r} has other weights here than where the sweep began: {found}")
-        return ModelActor(self.name, model, self.suite, self.arms, self.settings)
+        return ModelActor(self.name, model, self.suite, self.arms, self.settings, self.noise)
 
 
 @dataclass(frozen=True)

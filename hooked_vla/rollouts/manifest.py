@@ -11,6 +11,7 @@ import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,7 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
+@cache
 def _commit() -> str | None:
     """Commit of the checkout that this package is imported from, "-dirty" after it where files differ from it."""
     root = Path(hooked_vla.__file__).parent.parent

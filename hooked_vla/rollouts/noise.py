@@ -56,11 +56,11 @@ class _Recorder(Draws):
         return super().uniform(shape)
 
     def beta(self, alpha: float, shape: Sequence[int]) -> Tensor:
-        self._note("beta", shape, alpha)
+        self._note("beta", shape, float(alpha))
         return super().beta(alpha, shape)
 
     def integers(self, n: int, shape: Sequence[int]) -> Int[Tensor, "*shape"]:
-        self._note("integers", shape, n)
+        self._note("integers", shape, float(n))
         return super().integers(n, shape)
 
     def choice(self, weights: Float[Tensor, "row option"]) -> Int[Tensor, "row 1"]:

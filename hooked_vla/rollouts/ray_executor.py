@@ -34,7 +34,7 @@ class RayExecutor:
 
     in_process = False
 
-    def __init__(self, workers: int = 1, cpus: float = 1, gpus: float | None = None) -> None:
+    def __init__(self, workers: int = 1, cpus: float = 1.0, gpus: float | None = None) -> None:
         if workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}")
         self.workers, self.cpus, self.gpus = workers, cpus, gpus
@@ -44,7 +44,7 @@ class RayExecutor:
         if not ray.is_initialized():
             ray.init(os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level=logging.ERROR)
         on_gpu = any(str(getattr(job.model, "device", "cpu")).startswith("cuda") for job in jobs)
-        gpus = (1 if on_gpu else 0) if self.gpus is None else self.gpus
+        gpus = float(on_gpu) if self.gpus is None else self.gpus
         return _Actors(jobs, self.cpus, gpus)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from hooked_vla.rollouts import needs_sim_extra
 from hooked_vla.rollouts.cells import Cell
@@ -91,7 +92,7 @@ class EpisodeLog:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def step(
-        self, before: Mapping[str, Any], info_before: Mapping[str, Any], action: np.ndarray, chunk: tuple[int, int],
+        self, before: Mapping[str, Any], info_before: Mapping[str, Any], action: ArrayLike, chunk: tuple[int, int],
         reward: float, success: bool,
     ) -> None:  # fmt: skip
         """before, info_before: what was observed when the action was taken. chunk: number of the chunk that the action

@@ -32,21 +32,21 @@ class Episode:
     """One episode, step by step: what was seen, what was then done, and what that led to.
 
     number: in the run that it was recorded in. images: camera -> what it showed when the action was taken.
-    last_images, last_state: after the last action. fps: steps a second. columns: further values of every step.
+    last_images, last_state: after the last action. fps: steps a second. columns: further values, one for every step.
     about: what else is known of the episode as a whole, plain values.
     """
 
     number: int
     instruction: str
     fps: int
-    images: Mapping[str, UInt8[np.ndarray, "step height width 3"]]
+    images: Mapping[str, UInt8[np.ndarray, "step _height _width 3"]]
     states: Float32[np.ndarray, "step d_state"]
     actions: Float32[np.ndarray, "step d_action"]
     rewards: Float64[np.ndarray, " step"]
     successes: Bool[np.ndarray, " step"]
-    last_images: Mapping[str, UInt8[np.ndarray, "height width 3"]]
+    last_images: Mapping[str, UInt8[np.ndarray, "_height _width 3"]]
     last_state: Float32[np.ndarray, " d_state"]
-    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    columns: Mapping[str, Any] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

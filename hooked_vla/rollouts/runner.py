@@ -156,7 +156,6 @@ class GroupRunner:
             # what nobody runs looks like the first row
             rows += [Row(rows[0].cell, None, rows[0].seen, False)] * (self.n_rows - len(rows))
             capture = [hook for watcher in self.watchers for hook in watcher.hooks([row.cell for row in rows])]
-            self._timed("policy_s", self.actor.warm_up, rows[0])
             with self.actor.acting(rows, len(episodes), capture):
                 for part in self._steps(episodes, rows):
                     self.timing.total_s += time.perf_counter() - started

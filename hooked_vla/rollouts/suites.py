@@ -22,7 +22,7 @@ _ADAPTERS: dict[str, tuple[str, ...]] = {
     "metaworld": ("metaworld",),
     "aloha": ("aloha_transfer_cube", "aloha_insertion"),
     "pusht": ("pusht",),
-    "simpler": ("simpler_bridge",),
+    "simpler": ("simpler_bridge", "simpler_bridge_sink"),
 }
 
 

@@ -17,15 +17,16 @@ import torch
 from tqdm import tqdm
 
 from hooked_vla.rollouts import needs_sim_extra
-from hooked_vla.rollouts.acting import EXPERT, ExpertActor, ModelActor
+from hooked_vla.rollouts.acting import EXPERT, ExpertActor, try_out
 from hooked_vla.rollouts.arms import BASELINE, Arm
 from hooked_vla.rollouts.cells import Group, Scene, cut_groups, spread_scenes
 from hooked_vla.rollouts.executor import Executor, LocalExecutor, run_tasks
 from hooked_vla.rollouts.jobs import Job, ModelSource, Task
 from hooked_vla.rollouts.manifest import claim_folder, describe_model, make_manifest
+from hooked_vla.rollouts.noise import SeededNoise
 from hooked_vla.rollouts.records import Part, Store, read_episodes
 from hooked_vla.rollouts.runner import Timing, Watcher
-from hooked_vla.rollouts.settings import Options, check_action_width, settle, torch_threads
+from hooked_vla.rollouts.settings import Options, Settings, check_action_width, settle, torch_threads
 from hooked_vla.rollouts.suites import Suite, get_suite
 from hooked_vla.rollouts.summary import ArmSummary, summarise
 from hooked_vla.vla import HookedVLA
@@ -178,12 +179,11 @@ def _plan(
             check_action_width(name, spec.features.d_action, suite)
         loaded = source.load() if isinstance(source, ModelSource) else source
     settings = settle(options, name, loaded, suite)
-    if loaded is not None:
-        _try_out(ModelActor(name, loaded, suite, arms, settings), scenes[0])
+    noise = None if loaded is None else _try_out(name, loaded, suite, settings, scenes[0])
     described = describe_model(name, loaded)
     device = torch.device("cpu") if loaded is None else loaded.device
     manifest = make_manifest(described, suite, scenes, arms, settings, device)
-    job = Job(name, source, suite, tuple(arms), settings, described["weights"])
+    job = Job(name, source, suite, tuple(arms), settings, described["weights"], noise)
     return Plan(job, cut_groups(scenes, [arm.name for arm in arms], settings.n_envs), manifest), loaded
 
 
@@ -193,13 +193,12 @@ def _name(source: ModelSource | HookedVLA | None) -> str:
     return source.name if isinstance(source, ModelSource) else source.spec.name
 
 
-def _try_out(actor: ModelActor, scene: Scene) -> None:
-    """Raises ValueError where the model cannot act in the suite."""
-    settings = actor.settings
-    env = actor.suite.make(scene.task, tuple(settings.cameras.values()), settings.image_size)
+def _try_out(name: str, model: HookedVLA, suite: Suite, settings: Settings, scene: Scene) -> SeededNoise:
+    """What the model draws. Raises ValueError where it cannot act in the suite."""
+    env = suite.make(scene.task, tuple(settings.cameras.values()), settings.image_size)
     try:
         with torch_threads(settings.threads):
-            actor.try_out(env.reset(seed=scene.seed)[0])
+            return try_out(name, model, suite, settings, env.reset(seed=scene.seed)[0])
     finally:
         env.close()
 

@@ -40,8 +40,8 @@ class Film:
         self._file: Any = None
         self._stream: Any = None
 
-    def add(self, frame: UInt8[np.ndarray, "height width 3"]) -> None:
-        """The next frame.
+    def add(self, frame: np.ndarray) -> None:
+        """The next frame, uint8 [height, width, 3].
 
         Raises TypeError or ValueError for a frame that is not an image, or of another size than those before it.
         """
@@ -95,8 +95,8 @@ class Film:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.size = (height, width)
         self._file = av.open(str(self._temporary), "w", format="mp4")
-        # no frames that refer to later ones: times then start at 0
-        options = {"crf": str(self.quality), "g": str(self.every), "bf": "0"}
+        # no frames that refer to later ones: times then start at 0; few that wait in the encoder
+        options = {"crf": str(self.quality), "g": str(self.every), "bf": "0", "rc-lookahead": "10"}
         stream = cast(Any, self._file.add_stream(CODEC, rate=self.fps, options=options))
         stream.height, stream.width = height, width
         stream.pix_fmt = pixel_format(height, width)
@@ -115,10 +115,8 @@ def pixel_format(height: int, width: int) -> str:
     return _ODD if height % 2 or width % 2 else _EVEN
 
 
-def write_film(
-    path: str | Path, frames: Iterable[UInt8[np.ndarray, "height width 3"]], fps: int, quality: int = QUALITY
-) -> None:
-    """Write frames as an mp4; the file appears when complete.
+def write_film(path: str | Path, frames: Iterable[np.ndarray], fps: int, quality: int = QUALITY) -> None:
+    """Write frames, uint8 [height, width, 3], as an mp4; the file appears when complete.
 
     Raises as Film; ValueError for no frames.
     """

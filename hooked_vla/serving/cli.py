@@ -20,9 +20,8 @@ def serve(
     protocol: Annotated[str, typer.Option(help="openpi or vla-eval")] = "openpi",
     host: Annotated[str, typer.Option(help="whom to listen to; 0.0.0.0 for everybody")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 for a free one")] = 8000,
-    camera: Annotated[
-        list[str] | None, typer.Option(help="a client's camera: CLIENT=POLICY, as often as needed")
-    ] = None,
+    cameras: Annotated[str | None, typer.Option(help="which camera of the clients stands for which of the policy's: "
+                                                     "observation/image=agent,wrist_image=wrist")] = None,
     instruction: Annotated[str | None, typer.Option(help="for clients that send none")] = None,
     unnorm_key: Annotated[str | None, typer.Option(help="which statistics, for checkpoints with several sets")] = None,
     size: Annotated[str | None, typer.Option(help="tiny or full: random weights, for a model's name")] = None,
@@ -30,41 +29,42 @@ def serve(
     dtype: Annotated[str, typer.Option(help="of the weights")] = "float32",
     max_batch_size: Annotated[int, typer.Option(help="vla-eval: clients that one forward pass may answer")] = 1,
     api_key: Annotated[str | None, typer.Option(envvar="HOOKED_VLA_API_KEY", help="that clients must send")] = None,
-) -> None:
+) -> None:  # fmt: skip
     """Serve a policy over a websocket until interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
         from hooked_vla.serving.server import RunningServer
         from hooked_vla.serving.server import serve as run_server
 
-        cameras = read_camera_map(camera or [])
+        settings = {"cameras": read_camera_map(cameras), "instruction": instruction, "unnorm_key": unnorm_key}
         policy = _load(model, size, device, dtype)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from error
 
-        def announce(server: RunningServer) -> None:
-            console = Console()
-            console.print(f"{policy.spec.name} speaks {protocol} at [bold]{server.url}[/bold]", highlight=False)
-            client = CLIENTS[protocol].format(host=server.host, port=server.port, url=server.url)
-            console.print(f"client: {client}", highlight=False, markup=False)
+    def announce(server: RunningServer) -> None:
+        console = Console()
+        console.print(f"{policy.spec.name} speaks {protocol} at [bold]{server.url}[/bold]", highlight=False)
+        client = CLIENTS[protocol].format(host=server.host, port=server.port, url=server.url)
+        console.print(f"client: {client}", highlight=False, markup=False)
 
+    try:
         run_server(
-            policy, protocol, host, port, on_start=announce, cameras=cameras,
-            instruction=instruction, unnorm_key=unnorm_key, max_batch_size=max_batch_size, api_key=api_key,
-        )  # fmt: skip
-    except (ValueError, KeyError, FileNotFoundError, ModuleNotFoundError) as error:
-        raise typer.BadParameter(str(error.args[0] if error.args else error)) from error
+            policy, protocol, host, port, on_start=announce, max_batch_size=max_batch_size, api_key=api_key, **settings
+        )
+    except (ValueError, ModuleNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from error
     except OSError as error:
         raise typer.BadParameter(f"cannot listen on {host}:{port}: {error}") from error
 
 
-def read_camera_map(listed: list[str]) -> dict[str, str]:
-    """ "CLIENT=POLICY" pairs as a map.
+def read_camera_map(text: str | None) -> dict[str, str]:
+    """ "CLIENT=POLICY,CLIENT=POLICY" as a map.
 
     Raises ValueError for anything else.
     """
-    pairs = [each.partition("=") for each in listed]
-    wrong = [each for each, (client, _, policy) in zip(listed, pairs, strict=True) if not (client and policy)]
-    if wrong:
-        raise ValueError(f"a camera is CLIENT=POLICY, such as observation/image=agent; got {wrong}")
+    pairs = [] if text is None else [pair.partition("=") for pair in text.split(",")]
+    if wrong := ["".join(pair) for pair in pairs if not (pair[0] and pair[2])]:
+        raise ValueError(f"cameras are CLIENT=POLICY, such as observation/image=agent; got {wrong}")
     return {client: policy for client, _, policy in pairs}
 
 

@@ -67,6 +67,7 @@ class EmbodimentFlowSpec:
     d_state, d_action: padded widths; n_state_steps states are read at once. n_buckets: whole times per unit.
     d_hidden: hidden width of the state encoder and the action decoder. n_future: learned tokens beside the actions.
     n_positions: rows of the table of action positions, 0 without. embodiment: which one unless a batch says so.
+    train_times: what the ends 0 and 1 of the Beta distribution that training draws from become.
     """
 
     n_steps: int
@@ -80,6 +81,7 @@ class EmbodimentFlowSpec:
     d_hidden: int
     n_future: int
     n_positions: int
+    train_times: tuple[float, float]
 
 
 @dataclass(frozen=True)

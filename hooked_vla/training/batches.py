@@ -54,7 +54,7 @@ def encode(model: HookedVLA, moments: Moments, prompting: Prompting, seed: int) 
     prompts = [variants[task][rng.integers(64)] for task in moments.task]
     cameras = model.spec.features.cameras
     parts = []
-    for start in trange(0, len(moments), _AT_ONCE, desc="vision features", unit="batch"):
+    for start in trange(0, len(moments), _AT_ONCE, mininterval=10, desc="vision features", unit="batch"):
         rows = slice(start, start + _AT_ONCE)
         images = {camera: moments.images[rows, i] for i, camera in enumerate(cameras)}
         inputs = model.prepare(Observation(images, moments.state[rows], prompts[rows]))

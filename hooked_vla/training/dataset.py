@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
+from hooked_vla.training.arrays import write_arrays
 from hooked_vla.training.demonstrations import Moment
 
 _FIELDS = ("images", "state", "chunk", "goal", "task", "episode")
@@ -63,14 +63,7 @@ def gather(
 
 def save_shard(path: Path, moments: Moments) -> None:
     """Write a shard; it appears under its name when complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    arrays = {name: np.ascontiguousarray(getattr(moments, name)) for name in _FIELDS}
-    try:
-        save_file(arrays, temporary, {"tasks": json.dumps(moments.tasks)})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_arrays(path, {name: getattr(moments, name) for name in _FIELDS}, {"tasks": json.dumps(moments.tasks)})
 
 
 def load_shards(paths: Sequence[Path]) -> Moments:

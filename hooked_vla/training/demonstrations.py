@@ -5,14 +5,17 @@ come from letting the expert go on, undisturbed, from every recorded state. The 
 policy's own episodes (DAgger, arXiv 1011.0686): the policy acts, the expert says what it would have done.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float32, UInt8
 
+from hooked_vla.inputs import Observation
 from hooked_vla.rollouts.tabletop import MAX_STEPS, PADS, TASKS, TabletopEnv
 from hooked_vla.rollouts.tabletop.tasks import find_task
+from hooked_vla.vla import HookedVLA
 
 # shares of the suites among demonstrations; shift is never trained on
 MIXTURE = {"goal": 0.6, "object": 0.12, "spatial": 0.1, "style": 0.18}
@@ -50,15 +53,18 @@ class Recorder:
         self.shares = shares / shares.sum()
         self._envs: dict[tuple[int, str, tuple[str, ...], tuple[str, ...]], TabletopEnv] = {}
 
-    def episodes(self, n_rows: int, act: Act | None = None) -> Iterator[tuple[list[int], list[list[Moment]]]]:
+    def episodes(
+        self, n_rows: int, make_act: Callable[[int], Act] | None = None
+    ) -> Iterator[tuple[list[int], list[list[Moment]]]]:
         """Endless groups of `n_rows` episodes side by side: the task's index and the moments of each.
 
-        act: the policy that acts in all of them at once; None for the disturbed expert.
+        make_act: makes what acts in all rows of a group; None for the disturbed expert.
         """
+        make_act = make_act or (lambda rows: Disturbed(self.rng, rows))
         while True:
             tasks = [int(self.rng.choice(len(self.names), p=self.shares)) for _ in range(n_rows)]
             envs = [self._reset(row, task) for row, task in enumerate(tasks)]
-            yield tasks, self._record(envs, act or Disturbed(self.rng, n_rows))
+            yield tasks, self._record(envs, make_act(n_rows))
 
     def _record(self, envs: list[TabletopEnv], act: Act) -> list[list[Moment]]:
         moments: list[list[Moment]] = [[] for _ in envs]
@@ -97,6 +103,23 @@ class Recorder:
         env.cameras = ()
         env.reset(seed=int(self.rng.integers(2**31)), options={"task": name})
         return env
+
+
+class Policy:
+    """A model, replanning as often as its features say; made anew for every group."""
+
+    def __init__(self, model: HookedVLA) -> None:
+        self.model, self._planned = model, deque[np.ndarray]()
+
+    def __call__(self, envs: Sequence[TabletopEnv]) -> Sequence[np.ndarray]:
+        if not self._planned:
+            features = self.model.spec.features
+            images = {camera: np.stack([env.image(camera) for env in envs]) for camera in features.cameras}
+            states = np.stack([env.proprioception for env in envs])
+            obs = Observation(images, states, [env.instruction for env in envs])
+            chunk = self.model.predict_action_chunk(obs).numpy()
+            self._planned.extend(chunk[:, : features.n_action_steps].swapaxes(0, 1))
+        return list(self._planned.popleft())
 
 
 class Disturbed:

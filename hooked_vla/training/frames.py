@@ -5,52 +5,87 @@ Scenes come from noisy expert trajectories over all suites' tasks, so that the h
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, Float64, UInt8
+from safetensors.numpy import load_file
 
 from hooked_vla.rollouts.tabletop import BLOCKS, PADS, TASKS, TabletopEnv
+from hooked_vla.training.arrays import write_arrays
 
-# what a frame may show, in the order of `Frame.places`
+# what a frame may show, in the order of `Frames.places`
 OBJECTS = (*BLOCKS, *(f"pad_{name}" for name in PADS), "cup")
 _STRIDE = 3
 
 
 @dataclass(frozen=True)
-class Frame:
-    """One moment seen by several cameras.
+class Frames:
+    """Moments seen by several cameras.
 
     places: column and row of every object's centre in the image, 0..1 from the left and top; NaN where it is out of
     the picture or not in the scene.
     """
 
-    images: UInt8[np.ndarray, "camera height width 3"]
-    places: Float32[np.ndarray, "camera object 2"]
+    images: UInt8[np.ndarray, "frame camera height width 3"]
+    places: Float32[np.ndarray, "frame camera object 2"]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def shuffled(self, size: int, seed: int) -> "Iterator[Frames]":
+        """Endless batches of `size` frames, drawn with replacement."""
+        rng = np.random.default_rng(seed)
+        while True:
+            rows = np.sort(rng.integers(len(self), size=size))
+            yield Frames(self.images[rows], self.places[rows])
 
 
-def random_frames(cameras: Sequence[str], image_size: int, seed: int) -> Iterator[Frame]:
-    """Endless frames, the same for the same seed."""
+def record_frames(cameras: Sequence[str], image_size: int, seed: int, n: int) -> Frames:
+    """`n` frames, the same for the same seed."""
+    images, places = zip(*islice(_frames(cameras, image_size, seed), n), strict=True)
+    return Frames(np.stack(images), np.stack(places))
+
+
+def save_frames(path: Path, frames: Frames) -> None:
+    """Write frames; the file appears when complete."""
+    write_arrays(path, {"images": frames.images, "places": frames.places}, {})
+
+
+def load_frames(paths: Sequence[Path]) -> Frames:
+    """Frames of several files."""
+    parts = [load_file(path) for path in paths]
+    return Frames(*(np.concatenate([part[name] for part in parts]) for name in ("images", "places")))
+
+
+def _frames(
+    cameras: Sequence[str], image_size: int, seed: int
+) -> Iterator[tuple[UInt8[np.ndarray, "camera height width 3"], Float32[np.ndarray, "camera object 2"]]]:
     rng = np.random.default_rng(seed)
-    envs = [TabletopEnv(suite, task.id, image_size, ()) for suite, tasks in TASKS.items() for task in tasks]
-    # the suites with every object in the scene show most
-    weights = np.array([len(env.task.blocks) + len(env.task.pads) for env in envs], float)
+    # one environment a scene: each has a renderer of its own
+    scenes = {(suite, task.blocks, task.pads): task.id for suite, tasks in TASKS.items() for task in tasks}
+    envs = [TabletopEnv(suite, task, image_size, ()) for (suite, _, _), task in scenes.items()]
+    # scenes with every object in them show most
+    weights = np.array([len(env.task.blocks) + len(env.task.pads) for env in envs], float) ** 2
     while True:
         env = envs[rng.choice(len(envs), p=weights / weights.sum())]
-        env.reset(seed=int(rng.integers(2**31)))
+        tasks = [task.id for task in TASKS[env.suite] if (task.blocks, task.pads) == (env.task.blocks, env.task.pads)]
+        env.reset(seed=int(rng.integers(2**31)), options={"task": str(rng.choice(tasks))})
         noise = rng.choice([0.3, 1.0, 2.0])
         for step in range(int(rng.integers(_STRIDE, 50))):
             action = env.expert_action()
             action[:3] += noise * rng.standard_normal(3)
             env.advance(action)
             if step % _STRIDE == 0:
-                yield Frame(
+                yield (
                     np.stack([env.image(camera) for camera in cameras]),
                     np.stack([object_places(env, camera) for camera in cameras]),
                 )
 
 
 def object_places(env: TabletopEnv, camera: str) -> Float32[np.ndarray, "object 2"]:
-    """Where a camera sees the centre of each of OBJECTS; see `Frame.places`."""
+    """Where a camera sees the centre of each of OBJECTS; see `Frames.places`."""
     positions = np.full((len(OBJECTS), 3), np.nan)
     for i, name in enumerate(OBJECTS):
         if name in env.task.blocks:

@@ -38,7 +38,7 @@ class Objective(nn.Module):
         if readout is not None:
             width = model.hook_points[readout.site].shape[-1]
             assert isinstance(width, int)
-            self.read = nn.Linear(width, 4)
+            self.read = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4))
 
     def forward(
         self, inputs: ModelInputs, actions: Float[Tensor, "batch step d_action"], goals: Float[Tensor, "batch 4"]

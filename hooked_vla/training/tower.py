@@ -1,20 +1,26 @@
 """Pretraining of a small vision tower: every patch says which objects are near it, and where they are.
 
 The public VLAs start from towers that were trained on images elsewhere and freeze them; this one learns to see the
-tabletop, and its features carry places to a fraction of a patch.
+tabletop, and its features carry places to a fraction of a patch. It is the model's own `vision`, whatever that is: what
+`Network.see` makes of images is read out patch by patch.
 """
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hooked_vla.training.frames import OBJECTS
+from hooked_vla.inputs import Observation, StepInputs
+from hooked_vla.training.frames import OBJECTS, Frames
+from hooked_vla.vla import HookedVLA
 
 # an object is "near" a patch whose centre is within so many patches of it, along both sides
 NEAR = 1.0
+
+Seen = tuple[Float[Tensor, "image patch object"], Float[Tensor, "image patch object 2"]]
 
 
 class PlaceHead(nn.Module):
@@ -24,11 +30,22 @@ class PlaceHead(nn.Module):
         super().__init__()
         self.proj = nn.Linear(d_model, 3 * len(OBJECTS))
 
-    def forward(
-        self, features: Float[Tensor, "image patch d_model"]
-    ) -> tuple[Float[Tensor, "image patch object"], Float[Tensor, "image patch object 2"]]:
+    def forward(self, features: Float[Tensor, "image patch d_model"]) -> Seen:
         near, offsets = self.proj(features).split((len(OBJECTS), 2 * len(OBJECTS)), dim=-1)
         return near, offsets.unflatten(-1, (-1, 2))
+
+
+def see(
+    model: HookedVLA, images: UInt8[np.ndarray, "frame camera height width 3"]
+) -> Float[Tensor, "image patch d"]:
+    """The tower's features of every camera of every frame, after the model's own preprocessing; patches row by row."""
+    features = model.spec.features
+    shown = {camera: images[:, i] for i, camera in enumerate(features.cameras)}
+    inputs = model.prepare(Observation(shown, np.zeros((len(images), features.d_state), np.float32), "see"))
+    seen = model.net.see(inputs)
+    # a policy of several observation steps has an axis for them
+    seen = seen[:, 0] if isinstance(inputs, StepInputs) else seen
+    return seen.reshape(len(images) * len(shown), -1, seen.shape[-1])
 
 
 def patch_centres(side: int) -> Float[Tensor, "patch 2"]:
@@ -46,51 +63,40 @@ def place_targets(
     return near, torch.where(near[..., None], offsets, 0)
 
 
-def place_loss(
-    near: Float[Tensor, "image patch object"],
-    offsets: Float[Tensor, "image patch object 2"],
-    places: Float[Tensor, "image object 2"],
-    side: int,
-) -> Float[Tensor, ""]:
+def place_loss(seen: Seen, places: Float[Tensor, "image object 2"]) -> Float[Tensor, ""]:
     """Cross-entropy of nearness, and the mean absolute error of offsets where an object is near."""
-    is_near, target = place_targets(places, side)
-    seen = functional.binary_cross_entropy_with_logits(near, is_near.float()) * len(OBJECTS)
-    return seen + ((offsets - target).abs().sum(-1) * is_near).sum() / is_near.sum().clamp(min=1)
+    near, offsets = seen
+    is_near, target = place_targets(places, side=int(near.shape[1] ** 0.5))
+    seen_loss = functional.binary_cross_entropy_with_logits(near, is_near.float()) * len(OBJECTS)
+    return seen_loss + ((offsets - target).abs().sum(-1) * is_near).sum() / is_near.sum().clamp(min=1)
 
 
-def read_places(
-    near: Float[Tensor, "image patch object"], offsets: Float[Tensor, "image patch object 2"]
-) -> Float[Tensor, "image object 2"]:
+def read_places(seen: Seen) -> Float[Tensor, "image object 2"]:
     """Places as the tower's patches vote for them, weighted by how near they say to be."""
+    near, offsets = seen
     side = int(near.shape[1] ** 0.5)
     votes = patch_centres(side)[:, None].to(offsets) + offsets / side
     weights = (4 * near).softmax(dim=1)
     return (weights[..., None] * votes).sum(dim=1)
 
 
-def as_pixels(images: UInt8[Tensor, "image height width 3"]) -> Float[Tensor, "image 3 height width"]:
-    """Bytes to the -1..1 that the tower takes."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 def train_tower(
-    tower: nn.Module,
-    head: PlaceHead,
-    batches: Iterator[tuple[UInt8[Tensor, "image height width 3"], Float[Tensor, "image object 2"]]],
+    model: HookedVLA,
+    batches: Iterator[Frames],
     n_steps: int,
     peak_rate: float = 2e-3,
-) -> Iterator[float]:
-    """Train on batches of images and places; yields the loss of every step."""
+) -> Iterator[tuple[float, PlaceHead]]:
+    """Train the model's tower in place on images and places; yields each step's loss, and the head that reads it."""
+    tower, head = model.net.get_submodule("vision"), PlaceHead(model.net.d_features)
     parameters = [*tower.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, peak_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_rate, n_steps, pct_start=0.05)
     for _ in range(n_steps):
-        images, places = next(batches)
-        near, offsets = head(tower(as_pixels(images)))
-        loss = place_loss(near, offsets, places, side=int(near.shape[1] ** 0.5))
+        frames = next(batches)
+        loss = place_loss(head(see(model, frames.images)), torch.from_numpy(frames.places).flatten(0, 1))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        yield float(loss)
+        yield loss.item(), head

@@ -6,6 +6,7 @@ Needs LeRobot 0.6.1 in the environment (the extra `reference`) and is skipped wi
 
 import copy
 import importlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -133,22 +134,23 @@ def test_act(padded: bool) -> None:
     noise = torch.randn(2, model.spec.latent.d_latent, generator=torch.Generator().manual_seed(1))
     with mock.patch.object(torch, "randn_like", lambda like: noise):
         expected, parts = policy.forward(batch)
-    valid = ~batch["action_is_pad"]
-    losses = model.training_loss(model.prepare(golden.batch), batch["action"], valid, [noise])
-    # LeRobot weighs rows by their valid steps, but not in the divergence, which ours adds to every row
-    divergence = model.net.kl_weight * parts["kld_loss"]
-    counts = valid.sum(1) / valid.sum()
-    ours = model.training_loss(model.prepare(golden.batch), batch["action"], valid, [noise])
-    if not padded:
-        assert_close(losses.mean(), expected)
-        expected.backward()
-        losses.mean().backward()
-        assert_gradients_equal(model, policy)
-    else:
-        model.net.kl_weight = 0.0
-        errors = model.training_loss(model.prepare(golden.batch), batch["action"], valid, [noise])
-        assert_close((errors * counts).sum(), torch.tensor(parts["l1_loss"]))
-        assert_close((ours - errors).mean(), torch.tensor(divergence))
+    inputs, valid = model.prepare(golden.batch), ~batch["action_is_pad"]
+    losses = model.training_loss(inputs, batch["action"], valid, [noise])
+    # LeRobot weighs rows by their valid steps, but not in the divergence, which is part of every row's loss
+    model.net.kl_weight = 0.0
+    errors = model.training_loss(inputs, batch["action"], valid, [noise])
+    loss = (errors * valid.sum(1)).sum() / valid.sum() + (losses - errors).mean()
+    assert_close((losses - errors).mean(), torch.tensor(policy.config.kl_weight * parts["kld_loss"]))
+    assert_close(loss, expected)
+    expected.backward()
+    loss.backward()
+    assert_gradients_equal(model, policy)
+
+
+def test_positions_of_acts_latent_encoder() -> None:
+    module: Any = importlib.import_module("lerobot.policies.act.modeling_act")
+    ours = HookedVLA.from_spec("act", "tiny").net.vae.pos_enc[0]
+    assert_close(ours, module.create_sinusoidal_pos_embedding(*ours.shape))
 
 
 @contextmanager
@@ -238,3 +240,60 @@ def test_xvla_objective_of_every_action_space(mode: str) -> None:
     target[..., real:] = 0
     ours = sum_of_terms(loss_terms(mode, real), predicted, target)
     assert_close(ours.mean(), sum(space.compute_loss(predicted, target).values()))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_diffusion(padded: bool) -> None:
+    golden = read_golden("diffusion")
+    model = HookedVLA.from_pretrained(golden.folder)
+    policy = golden_policy(golden, "diffusion", "DiffusionPolicy").eval()
+    policy.config.do_mask_loss_for_padding = padded
+    spec = model.spec
+    generator = torch.Generator().manual_seed(1)
+    actions, noise = torch.randn(2, 2, spec.horizon, spec.features.d_action, generator=generator)
+    steps = torch.randint(spec.sampler.n_train_steps, (2,), generator=generator)
+    batch = golden.batch | {"action": actions}
+    batch["action_is_pad"] = padding(batch) & padded
+    with (
+        mock.patch.object(torch, "randn", lambda *_, **__: noise),
+        mock.patch.object(torch, "randint", lambda *_, **__: steps),
+    ):
+        expected = policy.diffusion.compute_loss(batch)
+    valid = ~batch["action_is_pad"]
+    losses = model.training_loss(model.prepare(golden.batch), actions, valid, [noise, steps])
+    # LeRobot weighs rows by their valid steps
+    loss = (losses * valid.sum(1)).sum() / valid.sum()
+    assert_close(loss, expected)
+    expected.backward()
+    loss.backward()
+    assert_gradients_equal(model, policy)
+
+
+def test_groot_n17() -> None:
+    golden = read_golden("groot_n17")
+    model = HookedVLA.from_pretrained(golden.folder)
+    module: Any = importlib.import_module("lerobot.policies.groot.groot_n1_7")
+    sizes = json.loads((golden.folder / "vlm" / "config.json").read_text())
+    config = module.GR00TN17Config(**json.loads((golden.folder / "config.json").read_text()))
+    with mock.patch.object(module, "_cosmos_reason2_qwen3_vl_config", lambda: module.Qwen3VLConfig(**sizes)):
+        policy = module.GR00TN17(config, load_backbone_weights=False).float().eval()
+    policy.load_state_dict(load_file(golden.folder / "model.safetensors"))
+    spec = model.spec
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(2, spec.flow.chunk, spec.flow.d_action, generator=generator)
+    share = torch.rand(2, generator=generator)
+    actions = torch.randn(2, spec.flow.chunk, spec.features.d_action, generator=generator)
+    width = spec.features.d_action
+    padded = torch.nn.functional.pad(actions, (0, spec.flow.d_action - width))
+    mask = (torch.arange(spec.flow.d_action) < width).float().expand_as(padded)
+    valid = ~padding({"action": actions})
+    policy.action_head.sample_time = lambda *_, **__: (1 - share) * 0.999
+    with mock.patch.object(torch, "randn", lambda *_, **__: noise):
+        expected = policy.forward(golden.batch | {"action": padded, "action_mask": mask * valid[..., None]})["loss"]
+    losses = model.training_loss(model.prepare(golden.batch), actions, valid, [noise, share])
+    # the public loss weighs rows by their valid steps
+    loss = (losses * valid.sum(1)).sum() / valid.sum()
+    assert_close(loss, expected)
+    expected.backward()
+    loss.backward()
+    assert_gradients_equal(model, policy)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from toy_suite import tiny
 
 from hooked_vla import HookedVLA, Observation, list_models
 from hooked_vla.rollouts.noise import Draw, SeededNoise
@@ -17,15 +18,13 @@ def make_observation(model: HookedVLA, rows: int) -> Observation:
 
 @pytest.mark.parametrize("name", list_models())
 def test_every_model_acts_from_seeded_noise(name: str) -> None:
-    model = HookedVLA.from_spec(name, "tiny", seed=0)
+    model = tiny(name)
     before = torch.random.get_rng_state()
     noise = SeededNoise.of(model, make_observation(model, 1))
     assert torch.equal(torch.random.get_rng_state(), before)
-    obs = make_observation(model, 3)
-    chunk = model.predict_action_chunk(obs, noise([5, 6, 5], 8))
-    assert torch.equal(chunk, model.predict_action_chunk(obs, noise([5, 6, 5], 8)))
-    other_row = model.predict_action_chunk(obs, noise([5, 7, 5], 8))
-    assert torch.equal(other_row[[0, 2]], chunk[[0, 2]])
+    obs = make_observation(model, 2)
+    chunk, other_row = (model.predict_action_chunk(obs, noise(seeds, 8)) for seeds in ([5, 6], [5, 7]))
+    assert torch.equal(other_row[0], chunk[0])
     if noise.draws:
         assert not torch.equal(other_row[1], chunk[1]) or all(draw.kind == "choice" for draw in noise.draws)
         for first, second in zip(noise([5, 6], 8), noise([6, 5], 8), strict=True):
@@ -38,18 +37,18 @@ def test_models_that_draw_nothing_get_nothing_and_others_what_they_need() -> Non
     draws = {
         name: SeededNoise.of(model, make_observation(model, 1)).draws
         for name in ("act", "smolvla", "diffusion", "vqbet")
-        for model in [HookedVLA.from_spec(name, "tiny", seed=0)]
+        for model in [tiny(name)]
     }
     assert draws["act"] == ()
     assert draws["smolvla"] == (Draw("normal", (8, 8)),)
     # the start, and fresh noise at every step but the last
-    assert len(draws["diffusion"]) == HookedVLA.from_spec("diffusion", "tiny").n_denoise_steps
+    assert len(draws["diffusion"]) == tiny("diffusion").n_denoise_steps
     assert [draw.kind for draw in draws["vqbet"]] == ["choice"]
 
 
 def test_draws_have_their_distributions() -> None:
     kinds = [
-        Draw("normal", (2000,)), Draw("uniform", (2000,)), Draw("choice", (1, 2000)), Draw("integers", (2000,), 7),
+        Draw("normal", (2000,)), Draw("uniform", (2000,)), Draw("choice", (1, 2000)), Draw("integers", (2000,), 7.0),
         Draw("beta", (2000,), 1.5),
     ]  # fmt: skip
     normal, uniform, exponential, integers, beta = (each.float() for each in SeededNoise(kinds)([0, 1, 2, 3], 0))

@@ -3,11 +3,14 @@
 A policy cannot do the task but by chance; the expert walks to the end in as many steps as the seed says.
 """
 
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import gymnasium
 import numpy as np
 
+from hooked_vla import HookedVLA
 from hooked_vla.rollouts.suites import Suite, SuiteTask
 
 CAMERAS = ("agent", "wrist")
@@ -57,5 +60,15 @@ class ToyEnv(gymnasium.Env):
 
 def toy_suite(**changes) -> Suite:
     tasks = tuple(SuiteTask(name, f"go {name}") for name in ("walk", "run", "cliff", "short"))
-    options = {"max_steps": 12, "fps": 10, "make": ToyEnv, "expert": lambda task: lambda env: np.array([1, 0, 0, 0])}
-    return Suite("toy", tasks, CAMERAS, d_state=4, d_action=4, **options | changes)
+    suite = Suite("toy", tasks, CAMERAS, d_state=4, d_action=4, max_steps=12, fps=10, make=ToyEnv, expert=walker)
+    return replace(suite, **changes)
+
+
+def walker(task: str):
+    return lambda env: np.array([1.0, 0, 0, 0])
+
+
+@cache
+def tiny(name: str) -> HookedVLA:
+    """A model of random weights, shared by tests: leave it as it is."""
+    return HookedVLA.from_spec(name, "tiny", seed=0)

@@ -21,7 +21,7 @@ def test_a_served_policy_answers_until_interrupted():
     from test_openpi import OBS, PlainClient
 
     start = "from hooked_vla.cli import app; app()"
-    command = [sys.executable, "-c", start, "serve", "--model", "smolvla", "--size", "tiny", "--port", "0", "--camera",
+    command = [sys.executable, "-c", start, "serve", "--model", "smolvla", "--size", "tiny", "--port", "0", "--cameras",
                "base=agent"]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -45,8 +45,8 @@ def test_a_served_policy_answers_until_interrupted():
         (["--model", "smolvla"], "names a model without weights"),
         (["--model", "no/such/folder", "--size", "tiny"], "unknown model"),
         (["--model", "smolvla", "--size", "tiny", "--protocol", "grpc"], "unknown protocol 'grpc'"),
-        (["--model", "smolvla", "--size", "tiny", "--camera", "base"], "a camera is CLIENT=POLICY"),
-        (["--model", "smolvla", "--size", "tiny", "--camera", "base=top"], "no cameras ['top']"),
+        (["--model", "smolvla", "--size", "tiny", "--cameras", "base"], "cameras are CLIENT=POLICY"),
+        (["--model", "smolvla", "--size", "tiny", "--cameras", "base=top"], "no cameras ['top']"),
         (["--model", "smolvla", "--size", "tiny", "--host", "203.0.113.1"], "cannot listen on 203.0.113.1:8000"),
         (["--model", "smolvla", "--size", "tiny", "--device", "moon"], "device 'moon' is unknown"),
     ],
@@ -58,10 +58,11 @@ def test_mistakes_are_said_without_a_traceback(arguments, message):
 
 
 def test_camera_maps():
-    assert read_camera_map(["observation/image=agent", "b=wrist"]) == {"observation/image": "agent", "b": "wrist"}
-    for wrong in ("agent", "=agent", "image="):
+    assert read_camera_map(None) == {}
+    assert read_camera_map("observation/image=agent,b=wrist") == {"observation/image": "agent", "b": "wrist"}
+    for wrong in ("agent", "=agent", "image=", "a=b,", ""):
         with pytest.raises(ValueError, match="CLIENT=POLICY"):
-            read_camera_map([wrong])
+            read_camera_map(wrong)
 
 
 def test_missing_packages_name_the_extra(monkeypatch):

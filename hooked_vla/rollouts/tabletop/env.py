@@ -95,7 +95,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], ArrayLike]):
         self._drive(start, suction=False)
         for joint, target in zip(scene.SLIDES, start, strict=True):
             self.data.joint(joint).qpos = target
-        mujoco.mj_step(self.model, self.data, SETTLE_STEPS)
+        self._run(SETTLE_STEPS)
         return self._observe(), self._info()
 
     def step(self, action: ArrayLike) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
@@ -114,8 +114,8 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], ArrayLike]):
             raise ValueError(f"an action is 4 finite numbers (dx, dy, dz, suction), got shape {given.shape}: {given}")
         *move, suction = given.clip(-1, 1)
         now = np.array([self.data.joint(name).qpos[0] for name in scene.SLIDES])
-        self._drive(now + ACTION_SCALE * np.array(move), suction=suction > 0)
-        mujoco.mj_step(self.model, self.data, SUBSTEPS)
+        self._drive(now + ACTION_SCALE * np.array(move), suction=bool(suction > 0))
+        self._run(SUBSTEPS)
 
     def render(self) -> UInt8[np.ndarray, "height width 3"]:
         """What the agent camera sees."""
@@ -143,8 +143,11 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], ArrayLike]):
 
     def load_state(self, state: Float64[np.ndarray, " n"]) -> None:
         """Go back to a state of this environment's `save_state`."""
-        mujoco.mj_setState(self.model, self.data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
+        kind = mujoco.mjtState.mjSTATE_INTEGRATION
+        mujoco.mj_setState(self.model, self.data, state, kind)
         mujoco.mj_forward(self.model, self.data)
+        # once more: the forward pass has moved the solver's warm start
+        mujoco.mj_setState(self.model, self.data, state, kind)
 
     @property
     def instruction(self) -> str:
@@ -189,6 +192,11 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], ArrayLike]):
                     f"the task {task.id!r} has another scene than {self.task.id!r}: make its own environment"
                 )
             self.task = task
+
+    def _run(self, substeps: int) -> None:
+        mujoco.mj_step(self.model, self.data, substeps)
+        # poses and contacts of the state after the last substep, not before it
+        mujoco.mj_forward(self.model, self.data)
 
     def _drive(self, slides: np.ndarray, suction: bool) -> None:
         """Set the motors' targets."""

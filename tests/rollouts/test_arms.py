@@ -1,0 +1,126 @@
+"""Arms: what they say of themselves, and hooks that leave other arms' rows alone, bit for bit."""
+
+import re
+
+import pytest
+import torch
+from test_noise import make_observation
+from torch import Tensor
+from toy_suite import tiny
+
+from hooked_vla import HookedVLA, list_models
+from hooked_vla.hooks.cache import ROW_AXES
+from hooked_vla.rollouts.arms import BASELINE, FunctionArm, describe_arms, group_hooks, only_rows
+from hooked_vla.rollouts.cells import Cell
+from hooked_vla.rollouts.noise import SeededNoise
+
+
+def shift(value: Tensor, hook) -> Tensor:
+    # not the same everywhere: a norm would take that away
+    return value + torch.linspace(-1, 1, value.shape[-1])
+
+
+def shift_in_place(value: Tensor, hook) -> None:
+    value += torch.linspace(-1, 1, value.shape[-1])
+
+
+def points_by_rows(model: HookedVLA) -> dict[str, str]:
+    """For every kind of rows, a point of the model that has it and reaches the action."""
+    sites = model.hook_points
+    return {
+        sites[name].axes[0]: name
+        for name in reversed(sites)
+        if sites[name].reaches_action and sites[name].axes[0] in ROW_AXES and "pattern" not in name
+    }
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_hooks_of_one_row_leave_the_other_rows_alone(name: str) -> None:
+    model = tiny(name)
+    obs = make_observation(model, 3)
+    noise = SeededNoise.of(model, make_observation(model, 1))([1, 2, 3], 0)
+    plain = model(obs, noise).normalized
+    points = list(points_by_rows(model).values())
+    assert model.hook_points[points[0]].axes[0] == "batch"
+    middle, edited = torch.tensor([False, True, False]), {}
+    for fn in (shift, shift_in_place):
+        with model.hooks([(points, only_rows(fn, middle))]):
+            edited[fn] = model(obs, noise).normalized
+    with model.hooks([(points, shift)]):
+        everywhere = model(obs, noise).normalized
+    assert torch.equal(edited[shift][[0, 2]], plain[[0, 2]])
+    assert torch.equal(edited[shift][1], everywhere[1]) and torch.equal(edited[shift_in_place], edited[shift])
+    # discrete actions may stay the same
+    assert name in ("openvla", "pi0_fast", "vqbet") or not torch.equal(everywhere[1], plain[1])
+
+
+def test_a_value_that_all_rows_share_cannot_be_edited_for_one() -> None:
+    model = tiny("act")
+    shared = next(name for name, site in model.hook_points.items() if site.axes[0] not in ROW_AXES)
+    obs = make_observation(model, 2)
+    with (
+        pytest.raises(ValueError, match=re.escape(shared) + ".*shared by all rows"),
+        model.hooks([(shared, only_rows(shift, torch.tensor([True, False])))]),
+    ):
+        model(obs)
+
+
+def test_what_a_hook_returns_wrongly_is_still_refused(tiny_model: HookedVLA) -> None:
+    site, rows = "vlm.blocks.0.hook_resid_pre", torch.tensor([True, False])
+    obs = make_observation(tiny_model, 2)
+    with (
+        pytest.raises(ValueError, match="returned shape"),
+        tiny_model.hooks([(site, only_rows(lambda value, hook: value[:1], rows))]),
+    ):
+        tiny_model(obs)
+
+
+def test_only_a_mixed_batch_is_masked() -> None:
+    arm = FunctionArm("edit", (("vlm.*.hook_resid_pre", shift),), "adds 1")
+    own = [Cell(i, "edit", "t", i) for i in range(2)]
+    assert group_hooks([BASELINE, arm], own, 2) == [("vlm.*.hook_resid_pre", shift)]
+    # the padding row, which says "edit" too, does not count
+    baseline = [Cell(0, "baseline", "t", 0)]
+    assert group_hooks([BASELINE, arm], baseline * 2, 1) == []
+    [(site, masked)] = group_hooks([BASELINE, arm], [*baseline, *own], 2)
+    assert site == "vlm.*.hook_resid_pre" and masked is not shift
+
+
+def test_arms_describe_themselves() -> None:
+    arm = FunctionArm("edit", ((["a.*", "b"], shift), (re.compile("c.*"), shift), (None, shift)), "adds 1")
+    assert describe_arms([BASELINE, arm]) == {
+        "baseline": {"kind": "baseline"},
+        "edit": {"kind": "functions", "sites": [["a.*", "b"], "c.*", None], "description": "adds 1"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("arms", "message"),
+    [
+        ([], "no arms"),
+        ([BASELINE, BASELINE], "used more than once.*baseline"),
+        ([FunctionArm("", (("*", shift),), "adds 1")], "not empty"),
+    ],
+)
+def test_arms_that_cannot_be_told_apart_are_refused(arms: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        describe_arms(arms)
+
+
+def test_functions_must_be_described_and_descriptions_be_json() -> None:
+    with pytest.raises(ValueError, match="'edit': functions need a description"):
+        FunctionArm("edit", (("*", shift),), " ")
+    with pytest.raises(ValueError, match="'edit' has no hooks"):
+        FunctionArm("edit", (), "nothing")
+
+    class Odd:
+        name = "odd"
+
+        def describe(self):
+            return {"strength": torch.ones(1)}
+
+        def hooks(self, rows):
+            return []
+
+    with pytest.raises(ValueError, match="arm 'odd': its description is not JSON"):
+        describe_arms([Odd()])
