@@ -4,7 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint docs install clean
+# Simulators whose packages do not go together live in environments of their own.
+SIMS ?= .venv-sims
+LIBERO ?= .venv-libero
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-sims test-libero lint docs install clean
 
 install: $(STAMP)
 
@@ -21,6 +26,27 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+# MetaWorld pins a MuJoCo of its own; the rest of the tested set holds
+$(SIMS)/.installed: pyproject.toml constraints.txt tests/sims/constraints.txt
+	$(PYTHON) -m venv $(SIMS)
+	grep -v '^mujoco==' constraints.txt | cat - tests/sims/constraints.txt > $(SIMS)/constraints.txt
+	$(SIMS)/bin/python $(PIP_INSTALL) -c $(SIMS)/constraints.txt -e ".[sim,dev,aloha,metaworld,pusht]"
+	touch $@
+
+# Real episodes of MetaWorld, ALOHA and PushT.
+test-sims: $(SIMS)/.installed
+	HOOKED_VLA_RENDER=fast HOOKED_VLA_REQUIRED_SIMS="aloha metaworld pusht" $(SIMS)/bin/python -m pytest -rs tests/sims
+
+$(LIBERO)/.installed: pyproject.toml constraints.txt tests/sims/constraints.txt
+	$(PYTHON) -m venv $(LIBERO)
+	$(LIBERO)/bin/python $(PIP_INSTALL) -c constraints.txt -c tests/sims/constraints.txt -e ".[sim,dev,libero]"
+	$(LIBERO)/bin/python $(PIP_INSTALL) --no-deps hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1
+	touch $@
+
+# Real episodes of LIBERO, with HOOKED_VLA_LIBERO_ASSETS=folder of its data files; without it, what needs none.
+test-libero: $(LIBERO)/.installed
+	HOOKED_VLA_RENDER=fast HOOKED_VLA_REQUIRED_SIMS=libero $(LIBERO)/bin/python -m pytest -rs tests/sims/test_libero.py
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,4 +56,4 @@ docs: install
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf $(VENV) build outputs *.egg-info
+	rm -rf $(VENV) $(SIMS) $(LIBERO) build outputs *.egg-info

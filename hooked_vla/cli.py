@@ -14,6 +14,7 @@ from hooked_vla.describe import hook_table, hooks_markdown, n_parameters, pathwa
 from hooked_vla.rollouts.cli import rollouts
 from hooked_vla.rollouts.export_cli import export
 from hooked_vla.serving.cli import serve
+from hooked_vla.training.cli import train
 from hooked_vla.vla import HookedVLA
 from hooked_vla.weights import open_checkpoint
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command()(rollouts)
 app.command()(export)
 app.command()(serve)
+app.command()(train)
 
 
 class CommandError(typer.BadParameter):

@@ -237,6 +237,8 @@ class HookedVLA(HookedModel):
         """
         if not torch.compiler.is_compiling():
             self._n_runs += 1
+        actions = actions.to(self.device, torch.float32)
+        valid = None if valid is None else valid.to(self.device)
         outer = self.run_state.begin(lambda: self.segments(inputs))
         try:
             draws = Draws(noise, self.device)

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# the trained policies that come with the package, each a folder in its public layout
+SHIPPED = Path(__file__).parent / "zoo"
 # small files that make a checkpoint whole: configuration, processors, tokenizers
 SIDECARS = ("*.json", "*.txt", "*.model", "policy_*.safetensors", "*/config.json", "*/tokenizer*", "*/*.txt")
 
@@ -153,19 +155,25 @@ def _list_tensors(file: Path) -> dict[str, tuple[int, ...]]:
         raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from error
 
 
-def open_checkpoint(path_or_id: str | Path, revision: str | None = None) -> Checkpoint:
-    """A checkpoint from a folder, or from the Hugging Face hub by its id.
+def shipped_policies() -> list[str]:
+    """Names of the trained policies that come with the package."""
+    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{WEIGHTS}"))
 
-    Raises FileNotFoundError when it is neither.
+
+def open_checkpoint(path_or_id: str | Path, revision: str | None = None) -> Checkpoint:
+    """A checkpoint from a folder, from the package by its name, or from the Hugging Face hub by its id.
+
+    Raises FileNotFoundError when it is none of them.
     """
-    folder = Path(path_or_id)
+    folder = SHIPPED / str(path_or_id) if path_or_id in shipped_policies() else Path(path_or_id)
     if not folder.is_dir():
         try:
             patterns = [*SIDECARS, "*.safetensors", PATTERN]
             folder = Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=patterns))
         except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError) as error:
             raise FileNotFoundError(
-                f"{str(path_or_id)!r} is neither a folder nor a checkpoint that the hub gave: {error}"
+                f"{str(path_or_id)!r} is neither a folder nor a checkpoint that the hub gave: {error}\n"
+                f"policies that come with the package: {shipped_policies()}"
             ) from error
     return Checkpoint(folder)
 

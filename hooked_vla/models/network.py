@@ -56,7 +56,8 @@ class Network(nn.Module):
 
         actions: normalised targets, as wide as the robot's actions and as long as the network's chunk; what the
         network has besides is filled as the public code fills it. valid: which steps count (None: all); what is
-        predicted at others does not. draws: noise, then time, or what the objective draws instead.
+        predicted at others does not. A row's loss is the mean over its own steps: code that averages a padded batch
+        at once weighs rows by how many they have. draws: noise, then time, or what the objective draws instead.
         n_draws: the loss is the mean over so many draws, one after the other; what does not depend on them is computed
         once, what does sees the batch so many times over. Where nothing is drawn it changes nothing.
         Outside every loop: `run.denoise_step` stays None. Dropout is no part of the objective here.

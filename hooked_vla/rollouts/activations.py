@@ -31,9 +31,10 @@ class ActivationWatcher(Watcher):
     """Records sites of the policy while episodes run, each under its episode's number; edits have acted already.
 
     sites: as `model.add_hook` takes them. denoise_steps, env_steps: only these (the policy runs at multiples of the
-    number of steps that it executes); None: all. Episodes that are in the recording already are left as they are, so
-    that an interrupted run goes on. The recorder is the caller's to close. Watching attention scores or patterns makes
-    the model compute them step by step, which may change the last bits of what follows.
+    number of steps that it executes); None: all. A recording is of one run, whose episode numbers it uses; episodes
+    that are in it already are left as they are, so that an interrupted run goes on. The recorder is the caller's to
+    close. Watching attention scores or patterns makes the model compute them step by step, which may change the last
+    bits of what follows.
     """
 
     def __init__(

@@ -41,8 +41,8 @@ class AdapterEnv(gymnasium.Env[dict[str, Any], ArrayLike]):
         known_cameras: Sequence[str],
         image_shape: tuple[int, int],
         d_state: int,
-        action_low: ArrayLike,
-        action_high: ArrayLike,
+        action_low: Sequence[float],
+        action_high: Sequence[float],
     ) -> None:
         """image_shape: height and width. action_low, action_high: one number for each entry of an action.
 
@@ -63,7 +63,8 @@ class AdapterEnv(gymnasium.Env[dict[str, Any], ArrayLike]):
                 ),
             }
         )
-        self.action_space = spaces.Box(np.float32(action_low), np.float32(action_high), dtype=np.float32)
+        self.d_action = len(action_low)
+        self.action_space = spaces.Box(np.array(action_low, np.float32), np.array(action_high, np.float32))
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -82,10 +83,9 @@ class AdapterEnv(gymnasium.Env[dict[str, Any], ArrayLike]):
         Raises ValueError for an action that is not the right number of finite numbers.
         """
         given = np.asarray(action, dtype=np.float64)
-        if given.shape != self.action_space.shape or not np.isfinite(given).all():
+        if given.shape != (self.d_action,) or not np.isfinite(given).all():
             raise ValueError(
-                f"an action of {self.task.id!r} is {self.action_space.shape[0]} finite numbers, "
-                f"got shape {given.shape}: {given}"
+                f"an action of {self.task.id!r} is {self.d_action} finite numbers, got shape {given.shape}: {given}"
             )
         reward, success = self._advance(given)
         self.n_steps += 1

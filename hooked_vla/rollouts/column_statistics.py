@@ -26,7 +26,10 @@ class ColumnStatistics:
         """Of numbers [row] or [row, entry]."""
         table = np.asarray(rows, np.float64).reshape(len(rows), -1)
         values = {"min": table.min(0), "max": table.max(0), "mean": table.mean(0), "std": table.std(0)}
-        return cls(len(table), values | {name: np.quantile(table, q, axis=0) for name, q in QUANTILES.items()})
+        ordered, n = np.sort(table, axis=0), len(table)
+        # the smallest value that so many rows do not exceed, as for images
+        quantiles = {name: ordered[max(0, int(np.ceil(q * n)) - 1)] for name, q in QUANTILES.items()}
+        return cls(n, values | quantiles)
 
     @classmethod
     def of_images(cls, images: UInt8[np.ndarray, "image height width 3"]) -> "ColumnStatistics":

@@ -34,9 +34,10 @@ def render_quality() -> Quality:
     Raises ValueError for another value.
     """
     value = os.environ.get(QUALITY_VARIABLE, "full")
-    if value not in get_args(Quality):
-        raise ValueError(f"{QUALITY_VARIABLE}={value!r}: expected one of {get_args(Quality)}")
-    return value
+    for quality in get_args(Quality):
+        if value == quality:
+            return quality
+    raise ValueError(f"{QUALITY_VARIABLE}={value!r}: expected one of {get_args(Quality)}")
 
 
 class ModelView:

@@ -7,7 +7,7 @@ from hooked_vla.rollouts import needs_packages
 from hooked_vla.rollouts.replay import Episode
 
 with needs_packages(("rerun",), "Rerun's recordings need: pip install hooked-vla[export]"):
-    import rerun as rr
+    import rerun as rr  # pyright: ignore[reportMissingImports]
 
 APPLICATION = "hooked_vla"
 

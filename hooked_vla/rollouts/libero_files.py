@@ -3,6 +3,9 @@
 The package has code, tasks and starting states. Scenes, meshes and textures are a data set on the hub.
 """
 
+# comes with an extra: where it is absent, importing says so
+# pyright: reportMissingImports=false
+
 import importlib.util
 import inspect
 import json

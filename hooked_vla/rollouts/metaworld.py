@@ -4,6 +4,9 @@ Cameras: "agent" is corner2, seen from where the public VLA data sets put it, wh
 hang upside down there, and are turned round here. "wrist" is gripperPOV.
 """
 
+# comes with an extra: where it is absent, importing says so
+# pyright: reportMissingImports=false
+
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -96,7 +99,7 @@ class MetaWorldEnv(AdapterEnv):
     metadata = {"render_modes": ["rgb_array"], "render_fps": FPS}
 
     def __init__(self, task: SuiteTask, cameras: Sequence[str], image_size: int) -> None:
-        super().__init__(task, cameras, tuple(CAMERAS), (image_size, image_size), 4, [-1] * 4, [1] * 4)
+        super().__init__(task, cameras, tuple(CAMERAS), (image_size, image_size), 4, [-1.0] * 4, [1.0] * 4)
         self.simulator = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{task.id}-v3-goal-observable"](seed=0)
         # every reset draws a new arrangement, from the generator that `seed` sets
         self.simulator._freeze_rand_vec = False

@@ -3,6 +3,9 @@
 The one camera, "top", looks straight down; its drawing is not MuJoCo's, and always the same.
 """
 
+# comes with an extra: where it is absent, importing says so
+# pyright: reportMissingImports=false
+
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,7 +38,7 @@ class PushTEnv(AdapterEnv):
     metadata = {"render_modes": ["rgb_array"], "render_fps": FPS}
 
     def __init__(self, task: SuiteTask, cameras: Sequence[str], image_size: int) -> None:
-        super().__init__(task, cameras, CAMERAS, (image_size, image_size), 2, [0, 0], [SIZE, SIZE])
+        super().__init__(task, cameras, CAMERAS, (image_size, image_size), 2, [0.0, 0.0], [float(SIZE)] * 2)
         # its own observation would draw on every step
         self.simulator = GymPushT(
             obs_type="environment_state_agent_pos", observation_width=image_size, observation_height=image_size

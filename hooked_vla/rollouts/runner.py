@@ -47,11 +47,12 @@ class Watcher:
 
 @dataclass
 class Timing:
-    """Wall seconds by what they went to, and what was done in them; sums over workers."""
+    """Wall seconds by what they went to, processor seconds of all threads, and what was done; sums over workers."""
 
     env_s: float = 0.0
     policy_s: float = 0.0
     total_s: float = 0.0
+    cpu_s: float = 0.0
     env_steps: int = 0
     chunks: int = 0
     episodes: int = 0
@@ -63,9 +64,27 @@ class Timing:
     def __str__(self) -> str:
         shares = [seconds / self.total_s for seconds in (self.env_s, self.policy_s)] if self.total_s else [0.0, 0.0]
         return (
-            f"{self.episodes} episodes, {self.env_steps} steps, {self.chunks} chunks in {self.total_s:.1f} s of work: "
-            f"environments {shares[0]:.0%}, policy {shares[1]:.0%}, runner {1 - sum(shares):.1%}"
+            f"{self.episodes} episodes, {self.env_steps} steps, {self.chunks} chunks in {self.total_s:.1f} s of work "
+            f"({self.cpu_s:.1f} s of processor time): environments {shares[0]:.0%}, policy {shares[1]:.0%}, "
+            f"runner {1 - sum(shares):.1%}"
         )
+
+
+class _Watch:
+    """Adds to a timing's totals what passes between `start` and `stop`; it runs from the beginning."""
+
+    def __init__(self, timing: Timing) -> None:
+        self.timing = timing
+        self.start()
+
+    def start(self) -> None:
+        self.since: tuple[float, float] | None = time.perf_counter(), time.process_time()
+
+    def stop(self) -> None:
+        if self.since is not None:
+            self.timing.total_s += time.perf_counter() - self.since[0]
+            self.timing.cpu_s += time.process_time() - self.since[1]
+        self.since = None
 
 
 class Environments:
@@ -146,7 +165,7 @@ class GroupRunner:
 
         Raises ValueError when the policy's actions are not finite; what a hook or an environment raises passes.
         """
-        started = time.perf_counter()
+        watch = _Watch(self.timing)
         episodes: list[_Episode] = []
         try:
             for cell in group.cells:
@@ -158,13 +177,14 @@ class GroupRunner:
             capture = [hook for watcher in self.watchers for hook in watcher.hooks([row.cell for row in rows])]
             with self.actor.acting(rows, len(episodes), capture):
                 for part in self._steps(episodes, rows):
-                    self.timing.total_s += time.perf_counter() - started
+                    # what the caller does meanwhile is not this one's work
+                    watch.stop()
                     yield part
-                    started = time.perf_counter()
+                    watch.start()
         finally:
             for episode in episodes:
                 self.environments.give_back(episode.row.cell.task, episode.row.env)
-            self.timing.total_s += time.perf_counter() - started
+            watch.stop()
 
     def _steps(self, episodes: Sequence[_Episode], rows: Sequence[Row]) -> Iterator[Part]:
         n = self.actor.n_action_steps

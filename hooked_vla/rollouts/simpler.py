@@ -4,6 +4,9 @@ It draws through Vulkan, and needs a driver: a GPU's, or lavapipe of Mesa 24.3 o
 photographs are downloads of ManiSkill's, which asks for them on the terminal; here it is never asked.
 """
 
+# comes with an extra: where it is absent, importing says so
+# pyright: reportMissingImports=false
+
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -8,24 +8,16 @@
 LeRobot's own loop needs no server: `HookedVLA` has its `reset`, `select_action` and `predict_action_chunk`.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
-_PACKAGES = {"websockets": "serve", "msgpack": "serve", "vla_eval": "vla-eval"}
+from hooked_vla.rollouts import needs_packages
 
 
-@contextmanager
-def needs_serving_extra() -> Iterator[None]:
-    """Around imports of what serving needs: a missing package becomes an error that says how to install it.
+def needs_serve_extra() -> AbstractContextManager[None]:
+    """`needs_packages` for the `serve` extra."""
+    return needs_packages(("msgpack", "websockets"), "serving needs: pip install 'hooked-vla[serve]'")
 
-    Raises ModuleNotFoundError.
-    """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _PACKAGES:
-            raise
-        raise ModuleNotFoundError(
-            f"{package} is not installed; serving needs: pip install 'hooked-vla[{_PACKAGES[package]}]'", name=package
-        ) from error
+
+def needs_harness_extra() -> AbstractContextManager[None]:
+    """`needs_packages` for the `vla-eval` extra."""
+    return needs_packages(("vla_eval",), "a vla-eval model server needs: pip install 'hooked-vla[vla-eval]'")

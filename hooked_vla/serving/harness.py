@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from hooked_vla.inputs import Observation
-from hooked_vla.serving import needs_serving_extra
+from hooked_vla.serving import needs_harness_extra
 from hooked_vla.serving.policy import ServedPolicy, Session
 
-with needs_serving_extra():
+with needs_harness_extra():
     import anyio
     from vla_eval.model_servers.base import SessionContext
     from vla_eval.model_servers.predict import PredictModelServer

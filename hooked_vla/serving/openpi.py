@@ -14,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 
-from hooked_vla.serving import needs_serving_extra
+from hooked_vla.serving import needs_serve_extra
 from hooked_vla.serving.policy import ServedPolicy, Session
 from hooked_vla.serving.requests import read_whole_number
 from hooked_vla.serving.wire import pack, unpack
 
-with needs_serving_extra():
+with needs_serve_extra():
     from websockets.asyncio.server import ServerConnection
     from websockets.exceptions import ConnectionClosed
 

@@ -15,11 +15,11 @@ from http import HTTPStatus
 from typing import Any
 
 from hooked_vla.hooks.model import HookRequest
-from hooked_vla.serving import needs_serving_extra
+from hooked_vla.serving import needs_serve_extra
 from hooked_vla.serving.policy import ServedPolicy
 from hooked_vla.vla import HookedVLA
 
-with needs_serving_extra():
+with needs_serve_extra():
     from websockets.asyncio.server import ServerConnection
     from websockets.asyncio.server import serve as listen
     from websockets.http11 import Request, Response

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from hooked_vla.serving import needs_serving_extra
+from hooked_vla.serving import needs_serve_extra
 
-with needs_serving_extra():
+with needs_serve_extra():
     import msgpack
 
 # dtype kinds that travel: bool, integers, floats

@@ -29,11 +29,11 @@ class Prompting:
 
 @dataclass(frozen=True)
 class Batch:
-    """inputs with the tower's features, normalised target actions, and where block and pad are (x, y, x, y; metres)."""
+    """inputs with the tower's features, normalised target actions, and goals as in demonstrations.Moment."""
 
     inputs: ModelInputs
     actions: Float[Tensor, "batch step d_action"]
-    goals: Float[Tensor, "batch 4"]
+    goals: Float[Tensor, "batch 2 2"]
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -79,7 +79,10 @@ def concatenate(parts: Sequence[ModelInputs]) -> ModelInputs:
 
 
 def shuffled(batch: Batch, size: int, seed: int, skip: int = 0) -> Iterator[Batch]:
-    """Endless batches of `size` rows; every row comes once before any comes again. skip: so many batches are left out."""
+    """Endless batches of `size` rows; every row comes once before any comes again.
+
+    skip: so many batches are left out at the start.
+    """
     rng, n_left_out = np.random.default_rng(seed), 0
     while True:
         order = rng.permutation(len(batch))

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 from safetensors import safe_open
+from safetensors.numpy import save
 
-from hooked_vla.training.arrays import write_arrays
+from hooked_vla.rollouts.records import write_file
 from hooked_vla.training.demonstrations import Moment
 
 _FIELDS = ("images", "state", "chunk", "goal", "task", "episode")
@@ -23,7 +24,7 @@ class Moments:
     images: UInt8[np.ndarray, "moment camera height width 3"]
     state: Float32[np.ndarray, "moment d_state"]
     chunk: Float32[np.ndarray, "moment step d_action"]
-    goal: Float32[np.ndarray, "moment 4"]
+    goal: Float32[np.ndarray, "moment 2 2"]
     task: Int64[np.ndarray, " moment"]
     episode: Int64[np.ndarray, " moment"]
     tasks: tuple[tuple[str, str], ...]
@@ -63,7 +64,9 @@ def gather(
 
 def save_shard(path: Path, moments: Moments) -> None:
     """Write a shard; it appears under its name when complete."""
-    write_arrays(path, {name: getattr(moments, name) for name in _FIELDS}, {"tasks": json.dumps(moments.tasks)})
+    arrays = {name: np.ascontiguousarray(getattr(moments, name)) for name in _FIELDS}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, save(arrays, {"tasks": json.dumps(moments.tasks)}))
 
 
 def load_shards(paths: Sequence[Path]) -> Moments:

@@ -15,6 +15,7 @@ from jaxtyping import Float32, UInt8
 from hooked_vla.inputs import Observation
 from hooked_vla.rollouts.tabletop import MAX_STEPS, PADS, TASKS, TabletopEnv
 from hooked_vla.rollouts.tabletop.tasks import find_task
+from hooked_vla.training.frames import project
 from hooked_vla.vla import HookedVLA
 
 # shares of the suites among demonstrations; shift is never trained on
@@ -24,12 +25,13 @@ NOISES = (0.0, 0.3, 0.6, 1.0)
 
 @dataclass(frozen=True)
 class Moment:
-    """One recorded step. chunk: the expert's next actions; goal: block and pad that are meant (x, y, x, y), metres."""
+    """One recorded step. chunk: the expert's next actions; goal: where the first camera sees the block and the pad that
+    are meant (column, row; 0..1 from the left and top)."""
 
     images: UInt8[np.ndarray, "camera height width 3"]
     state: Float32[np.ndarray, " d_state"]
     chunk: Float32[np.ndarray, "step d_action"]
-    goal: Float32[np.ndarray, " 4"]
+    goal: Float32[np.ndarray, "2 2"]
 
 
 Act = Callable[[Sequence[TabletopEnv]], Sequence[np.ndarray]]
@@ -83,16 +85,16 @@ class Recorder:
         return moments
 
     def _moment(self, env: TabletopEnv) -> Moment:
-        block, pad = env.situation.block, PADS[env.task.pad].xy
+        meant = np.array([env.situation.block, (*PADS[env.task.pad].xy, 0.0)])
         return Moment(
             images=np.stack([env.image(camera) for camera in self.cameras]),
             state=env.proprioception,
             chunk=expert_chunk(env, self.chunk),
-            goal=np.array([*block[:2], *pad], np.float32),
+            goal=project(env, self.cameras[0], meant).astype(np.float32),
         )
 
     def _reset(self, row: int, index: int) -> TabletopEnv:
-        """An environment at the start of an episode; tasks with the same scene share one, as it has its own renderer."""
+        """An environment at the start of an episode; tasks with the same scene share one, and its renderer."""
         suite, name = self.names[index]
         task = find_task(suite, name)
         key = (row, suite, task.blocks, task.pads)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, Float64, UInt8
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save
 
+from hooked_vla.rollouts.records import write_file
 from hooked_vla.rollouts.tabletop import BLOCKS, PADS, TASKS, TabletopEnv
-from hooked_vla.training.arrays import write_arrays
 
 # what a frame may show, in the order of `Frames.places`
 OBJECTS = (*BLOCKS, *(f"pad_{name}" for name in PADS), "cup")
@@ -50,7 +50,8 @@ def record_frames(cameras: Sequence[str], image_size: int, seed: int, n: int) ->
 
 def save_frames(path: Path, frames: Frames) -> None:
     """Write frames; the file appears when complete."""
-    write_arrays(path, {"images": frames.images, "places": frames.places}, {})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, save({"images": frames.images, "places": frames.places}))
 
 
 def load_frames(paths: Sequence[Path]) -> Frames:
@@ -95,7 +96,7 @@ def object_places(env: TabletopEnv, camera: str) -> Float32[np.ndarray, "object 
         elif name == "cup":
             positions[i] = env.data.site("rim").xpos
     places = project(env, camera, positions)
-    inside = ((places >= 0) & (places < 1)).all(axis=1)
+    inside = np.logical_and(places >= 0, places < 1).all(axis=1)
     return np.where(inside[:, None], places, np.nan).astype(np.float32)
 
 

@@ -1,7 +1,7 @@
-"""What is minimised: the family's own loss, plus a linear read-out of where the meant block and pad are.
+"""What is minimised: the family's own loss, plus a read-out of which image tokens show the meant block and pad.
 
-The read-out looks at the language model's residual stream; it makes the tower's places and the instruction meet early
-in training, and is thrown away afterwards.
+The read-out looks at the language model's residual stream, token by token; it makes the tower's places and the
+instruction meet early in training, and is thrown away afterwards.
 """
 
 from dataclasses import dataclass
@@ -9,22 +9,23 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
 from hooked_vla.hooks import HookPoint
-from hooked_vla.inputs import ModelInputs
+from hooked_vla.inputs import ModelInputs, image_segment
+from hooked_vla.training.tower import PlaceHead, place_loss
 from hooked_vla.vla import HookedVLA
 
-# metres: about the spread of places on the table
-_SCALE = 0.15
+GOALS = ("block", "pad")
 
 
 @dataclass(frozen=True)
 class Readout:
-    """Where goals are read from: a hook point with shape [batch seq d], and how much the error counts."""
+    """Where the meant objects are read from: a hook point with shape [batch seq d], the tokens of one camera in it, in
+    rows from the top, and how much the error counts."""
 
     site: str
     weight: float
+    camera: str = "top"
 
 
 class Objective(nn.Module):
@@ -38,10 +39,13 @@ class Objective(nn.Module):
         if readout is not None:
             width = model.hook_points[readout.site].shape[-1]
             assert isinstance(width, int)
-            self.read = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4))
+            self.norm, self.read = nn.LayerNorm(width), PlaceHead(width, len(GOALS))
 
     def forward(
-        self, inputs: ModelInputs, actions: Float[Tensor, "batch step d_action"], goals: Float[Tensor, "batch 4"]
+        self,
+        inputs: ModelInputs,
+        actions: Float[Tensor, "batch step d_action"],
+        goals: Float[Tensor, "batch goal 2"],
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
         model, seen = self._model[0], []
 
@@ -53,6 +57,8 @@ class Objective(nn.Module):
             return loss, loss.detach(), torch.zeros(())
         with model.hooks([(self.readout.site, look)]):
             loss = model.training_loss(inputs, actions, n_draws=self.n_draws).mean()
-        # every position is asked, so that whichever the actions are read from knows
-        error = functional.smooth_l1_loss(self.read(seen[0].mean(dim=1)), goals / _SCALE)
+        stream = self.readout.site.partition(".")[0]
+        # the camera's tokens have the same places in every row
+        tokens = model.segments(inputs)[stream].positions(image_segment(self.readout.camera))[0]
+        error = place_loss(self.read(self.norm(seen[0][:, tokens])), goals)
         return loss + self.readout.weight * error, loss.detach(), error.detach()

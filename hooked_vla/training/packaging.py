@@ -36,7 +36,7 @@ def statistics(values: np.ndarray) -> dict[str, Tensor]:
 def new_checkpoint(
     spec_name: str, folder: Path, words: Sequence[str], values: Mapping[str, np.ndarray], seed: int
 ) -> HookedVLA:
-    """Random weights of the spec's "tabletop" size with everything around them that makes a policy, loaded from `folder`.
+    """Random weights of the spec's "tabletop" size, loaded from `folder`, with all that makes them a policy.
 
     values: feature key ("observation.state", "action") -> recorded values, whose statistics normalise.
     """

@@ -6,15 +6,16 @@ stopped.
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from hooked_vla.hooks.cache_file import write_safetensors
@@ -39,7 +40,6 @@ FRAMES = 50_000
 _SHARD = 4000
 # seeds of evaluation; demonstrations draw theirs from generators, none of which are near
 EVALUATION_SEED = 700_000
-SUITES = ("goal", "object", "spatial", "shift", "style")
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,10 @@ def make_policy(recipe: Recipe, shop: Workshop) -> HookedVLA:
 
 
 def untrained(recipe: Recipe, shop: Workshop, data: Moments) -> HookedVLA:
-    """Random weights in a checkpoint folder, scaled as the recipe says."""
+    """Random weights in a checkpoint folder."""
     words = vocabulary(recipe.words)
     values = {"observation.state": data.state, "action": data.chunk}
-    model = new_checkpoint(recipe.spec, shop.own / "untrained", words, values, shop.seed)
-    with torch.no_grad():
-        for name in recipe.shrink:
-            parameter = model.net.get_parameter(name)
-            parameter *= model.net.get_parameter("vlm.embed.weight").shape[1] ** -0.5
-    return model
+    return new_checkpoint(recipe.spec, shop.own / "untrained", words, values, shop.seed)
 
 
 def demonstrations(recipe: Recipe, shop: Workshop) -> list[Path]:
@@ -178,18 +173,18 @@ def _short(recipe: Recipe) -> Schedule:
 def _chunk(spec: Any) -> int:
     """Actions that the model predicts at once."""
     for holder in (spec, getattr(spec, "flow", None)):
-        if hasattr(holder, "chunk"):
-            return holder.chunk
+        if (chunk := getattr(holder, "chunk", None)) is not None:
+            return chunk
     raise TypeError(f"{spec.name}: its spec does not say how many actions a chunk has")
 
 
 def _digest(lines: Sequence[str]) -> str:
-    from hashlib import sha256
-
     return sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
-def _in_parallel(work: Callable[..., None], jobs: Sequence[tuple[Path, tuple[Any, ...]]], workers: int, name: str) -> None:
+def _in_parallel(
+    work: Callable[..., None], jobs: Sequence[tuple[Path, tuple[Any, ...]]], workers: int, name: str
+) -> None:
     """Do the jobs whose file is not there yet, in processes of their own."""
     todo = [arguments for path, arguments in jobs if not path.exists()]
     if not todo:

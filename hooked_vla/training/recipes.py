@@ -24,9 +24,8 @@ class Corrections:
 class Recipe:
     """spec: name of the model whose "tabletop" size is trained. words: of its tokenizer beside the tabletop's.
 
-    tower_steps: batches of 64 images that its vision tower is pretrained on. moments: of demonstrations. shrink:
-    parameters that start as random numbers times 1/√d_model of the language model, because the model multiplies what
-    they give by √d_model. suites: what is demonstrated, and how much of each.
+    tower_steps: batches of 64 images that its vision tower is pretrained on. moments: of demonstrations. suites: what
+    is demonstrated, and how much of each. evaluated: suites in the model card.
     """
 
     spec: str
@@ -35,9 +34,9 @@ class Recipe:
     words: tuple[str, ...] = ()
     tower_steps: int = 7000
     moments: int = 48_000
-    shrink: tuple[str, ...] = ()
     corrections: Corrections = Corrections(rounds=2, moments=8000, steps=1500)
     suites: Mapping[str, float] = field(default_factory=lambda: dict(MIXTURE))
+    evaluated: tuple[str, ...] = ("goal", "object", "spatial", "shift", "style")
 
 
 RECIPES: dict[str, Recipe] = {
@@ -45,7 +44,6 @@ RECIPES: dict[str, Recipe] = {
         "smolvla",
         Schedule(steps=6000, batch=64, n_draws=2),
         Readout("vlm.blocks.3.hook_resid_pre", 0.5),
-        shrink=("vlm.embed.weight", "connector.proj.weight"),
     ),
     "pi05-tabletop": Recipe(
         "pi05",
@@ -53,6 +51,5 @@ RECIPES: dict[str, Recipe] = {
         Readout("vlm.blocks.3.hook_resid_pre", 0.5),
         words=_STATE_WORDS,
         tower_steps=9000,
-        shrink=("vlm.embed.weight",),
     ),
 }

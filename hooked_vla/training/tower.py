@@ -26,18 +26,17 @@ Seen = tuple[Float[Tensor, "image patch object"], Float[Tensor, "image patch obj
 class PlaceHead(nn.Module):
     """For every patch and object: a logit of being near, and the offset from the patch's centre, in patches."""
 
-    def __init__(self, d_model: int) -> None:
+    def __init__(self, d_model: int, n_objects: int = len(OBJECTS)) -> None:
         super().__init__()
-        self.proj = nn.Linear(d_model, 3 * len(OBJECTS))
+        self.n_objects = n_objects
+        self.proj = nn.Linear(d_model, 3 * n_objects)
 
     def forward(self, features: Float[Tensor, "image patch d_model"]) -> Seen:
-        near, offsets = self.proj(features).split((len(OBJECTS), 2 * len(OBJECTS)), dim=-1)
+        near, offsets = self.proj(features).split((self.n_objects, 2 * self.n_objects), dim=-1)
         return near, offsets.unflatten(-1, (-1, 2))
 
 
-def see(
-    model: HookedVLA, images: UInt8[np.ndarray, "frame camera height width 3"]
-) -> Float[Tensor, "image patch d"]:
+def see(model: HookedVLA, images: UInt8[np.ndarray, "frame camera height width 3"]) -> Float[Tensor, "image patch d"]:
     """The tower's features of every camera of every frame, after the model's own preprocessing; patches row by row."""
     features = model.spec.features
     shown = {camera: images[:, i] for i, camera in enumerate(features.cameras)}
@@ -67,7 +66,7 @@ def place_loss(seen: Seen, places: Float[Tensor, "image object 2"]) -> Float[Ten
     """Cross-entropy of nearness, and the mean absolute error of offsets where an object is near."""
     near, offsets = seen
     is_near, target = place_targets(places, side=int(near.shape[1] ** 0.5))
-    seen_loss = functional.binary_cross_entropy_with_logits(near, is_near.float()) * len(OBJECTS)
+    seen_loss = functional.binary_cross_entropy_with_logits(near, is_near.float()) * is_near.shape[-1]
     return seen_loss + ((offsets - target).abs().sum(-1) * is_near).sum() / is_near.sum().clamp(min=1)
 
 

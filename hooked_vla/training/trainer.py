@@ -6,7 +6,6 @@ The vision tower is frozen, as these models freeze theirs; everything else is tr
 import csv
 import math
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +106,8 @@ class Average:
         """Move towards the weights as they are now; quickly while training is young."""
         decay = min(AVERAGING, (1 + step) / (10 + step))
         now = dict(net.named_parameters())
-        torch._foreach_lerp_(list(self.weights.values()), [now[name] for name in self.weights], 1 - decay)
+        for name, value in self.weights.items():
+            value.lerp_(now[name], 1 - decay)
 
     @torch.no_grad()
     def give(self, net: nn.Module) -> None:

@@ -325,7 +325,8 @@ def model() -> HookedVLA:
 
 def run(model: HookedVLA, folder: Path, out: Path | None = None, **settings: Any) -> None:
     with ActivationRecorder(folder) as recorder:
-        watcher = ActivationWatcher(recorder, settings.pop("sites", SITES), **settings)
+        kind = settings.pop("watcher", ActivationWatcher)
+        watcher = kind(recorder, settings.pop("sites", SITES), **settings)
         arms = [BASELINE, FunctionArm("doubled", ((RESID, lambda v, hook: 2 * v),), "doubles the residual stream")]
         options = Options(n_envs=3, max_steps=9, n_action_steps=8, image_size=32)
         run_rollouts(model, "goal", 2, 0, arms=arms, options=options, watchers=[watcher], out=out)
@@ -353,6 +354,26 @@ def test_episodes_are_recorded_while_they_run(model, tmp_path):
     assert limited.keys(VELOCITY) == [(episode, 8, step) for episode in range(4) for step in (0, 2)]
     # the recorded patterns made the first run compute attention in another order
     assert torch.allclose(limited.stack(VELOCITY).values, recording.fetch(VELOCITY, limited.keys(VELOCITY)), atol=1e-5)
+
+
+class Interruption(ActivationWatcher):
+    """Stops the run when an episode is over, before it counts as run."""
+
+    def end(self, part: Any, last: Any) -> None:
+        super().end(part, last)
+        if part.cell.id == 1:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_goes_on(model, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tmp_path / "a", tmp_path / "run", watcher=Interruption, sites=[RESID])
+    assert 0 < len(ActivationRecording(tmp_path / "a").episodes) < 4
+    run(model, tmp_path / "a", tmp_path / "run", sites=[RESID])
+    run(model, tmp_path / "b", sites=[RESID])
+    gone_on, whole = ActivationRecording(tmp_path / "a"), ActivationRecording(tmp_path / "b")
+    assert gone_on.keys(RESID) == whole.keys(RESID)
+    assert torch.equal(gone_on.stack(RESID).values, whole.stack(RESID).values)
 
 
 def test_prefix_keys_that_every_step_reads_are_kept_once(model, tmp_path):

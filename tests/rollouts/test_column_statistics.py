@@ -13,7 +13,8 @@ def test_numbers():
     assert found.values["std"] == pytest.approx(rows.std(0), abs=1e-6)
     assert np.array_equal(found.values["min"], rows.min(0)) and np.array_equal(found.values["max"], rows.max(0))
     assert np.array_equal(found.values["q50"], np.sort(rows, axis=0)[50])
-    assert found.values["q01"] == pytest.approx(np.quantile(rows, 0.01, axis=0), abs=1e-6)
+    for name, q in (("q01", 0.01), ("q10", 0.1), ("q90", 0.9), ("q99", 0.99)):
+        assert np.array_equal(found.values[name], np.quantile(rows, q, axis=0, method="inverted_cdf"))
     plain = found.to_plain(image=False)
     assert plain["count"] == [101] and np.shape(plain["mean"]) == (3,)
     assert ColumnStatistics.of_rows(np.arange(4) > 2).values["mean"] == pytest.approx([0.25])

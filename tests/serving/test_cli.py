@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hooked_vla.cli import app
-from hooked_vla.serving import needs_serving_extra
+from hooked_vla.serving import needs_harness_extra, needs_serve_extra
 from hooked_vla.serving.cli import read_camera_map
 from hooked_vla.serving.server import RunningServer
 
@@ -66,10 +66,12 @@ def test_camera_maps():
 
 
 def test_missing_packages_name_the_extra(monkeypatch):
-    for package, extra in (("websockets", "serve"), ("msgpack", "serve"), ("vla_eval", "vla-eval")):
+    for package, extra, needs in (
+        ("websockets", "serve", needs_serve_extra),
+        ("msgpack", "serve", needs_serve_extra),
+        ("vla_eval", "vla-eval", needs_harness_extra),
+    ):
         monkeypatch.setitem(sys.modules, package, None)
-        message = rf"{package} is not installed.*hooked-vla\[{extra}\]"
-        with pytest.raises(ModuleNotFoundError, match=message), needs_serving_extra():
+        message = rf"{package} is not installed; .*hooked-vla\[{extra}\]"
+        with pytest.raises(ModuleNotFoundError, match=message), needs():
             __import__(package)
-    with pytest.raises(ModuleNotFoundError, match="nowhere"), needs_serving_extra():
-        __import__("nowhere")

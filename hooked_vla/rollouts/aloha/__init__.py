@@ -1,4 +1,7 @@
-"""ALOHA in simulation (Zhao et al. 2023; package gym-aloha 0.1.5): two arms hand over a cube, or put a peg in a socket."""
+"""ALOHA in simulation (Zhao et al. 2023; gym-aloha 0.1.5): two arms pass a cube on, or put a peg in a socket."""
+
+# comes with an extra: where it is absent, importing says so
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 from collections.abc import Sequence
 

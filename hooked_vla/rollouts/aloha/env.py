@@ -3,6 +3,9 @@
 Cameras: "top" (what the public data sets hold), "angle" and "front", which gym-aloha calls front_close.
 """
 
+# comes with an extra: where it is absent, importing says so
+# pyright: reportMissingImports=false
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,6 +4,9 @@ Its motors are springs that give way by up to 2 cm under the arms' weight, so th
 they bear. The experts read where the objects lie; for the insertion they also watch them in the grippers.
 """
 
+# comes with an extra: where it is absent, importing says so
+# pyright: reportMissingImports=false
+
 # mujoco's functions come from compiled modules that have no stubs
 # pyright: reportAttributeAccessIssue=false
 
@@ -151,10 +154,10 @@ class TransferCube:
     def __init__(self, model: "mujoco.MjModel", data: "mujoco.MjData") -> None:
         self.data, self.left, self.right = data, Arm(model, "left"), Arm(model, "right")
         cube = data.qpos[2 * _N_QPOS :][:3] * [1, 1, 0] + _CUBE_HEIGHT * _UP
-        tilted = times(turn(_Y, -60), self.right.start.orientation)
-        level = times(turn(_Y, -20), self.right.start.orientation)
+        tilted = times(turn(_Y, -60.0), self.right.start.orientation)
+        level = times(turn(_Y, -20.0), self.right.start.orientation)
         # the left fingers close from above and below, the right ones from the sides
-        crossed = times(turn(_X, 90), self.left.start.orientation)
+        crossed = times(turn(_X, 90.0), self.left.start.orientation)
         at, above = Pose(cube, tilted), Pose(cube + 0.1 * _UP, tilted)
         meet, leave = Pose(_CUBE_MEETING, level), Pose(_CUBE_MEETING + 0.12 * _X, level)
         wait, take = Pose(_CUBE_MEETING - 0.13 * _X, crossed), Pose(_CUBE_MEETING - 0.008 * _X, crossed)
@@ -184,10 +187,10 @@ class Insertion:
         self.data = data
         self.arms = (Arm(model, "left"), Arm(model, "right"))
         # x points from socket to peg
-        self.sides = (-1, 1)
+        self.sides = (-1.0, 1.0)
         self.keys: list[list[Key]] = []
         for arm, side, lying in zip(self.arms, self.sides, self._objects(), strict=True):
-            tilted = times(turn(_Y, -60 * side), arm.start.orientation)
+            tilted = times(turn(_Y, -60.0 * side), arm.start.orientation)
             place = lying[:3] * [1, 1, 0] + _GRIP_HEIGHT * _UP
             at, above = Pose(place, tilted), Pose(place + 0.12 * _UP, tilted)
             self.keys.append(
@@ -227,7 +230,7 @@ class Insertion:
         angle = float(np.linalg.norm(rotation))
         if angle == 0:
             return Pose(held.position + move, held.orientation)
-        return Pose(held.position + move, times(turn(rotation / angle, np.rad2deg(angle)), held.orientation))
+        return Pose(held.position + move, times(turn(rotation / angle, float(np.rad2deg(angle))), held.orientation))
 
 
 _PLANS = {"transfer_cube": TransferCube, "insertion": Insertion}

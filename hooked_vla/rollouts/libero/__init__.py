@@ -3,6 +3,9 @@
 Importing this never asks on the terminal, which the package does where it finds no config of its own.
 """
 
+# comes with an extra: where it is absent, importing says so
+# pyright: reportMissingImports=false
+
 from collections.abc import Sequence
 
 from hooked_vla.rollouts import needs_packages

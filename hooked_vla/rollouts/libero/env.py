@@ -4,10 +4,14 @@ Cameras: "agent" (agentview) and "wrist" (robot0_eye_in_hand). robosuite hands i
 data sets turn them by half a turn: what a policy sees is upright and mirrored left to right.
 """
 
+# comes with an extra: where it is absent, importing says so
+# pyright: reportMissingImports=false
+
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import libero.libero
 import numpy as np
 import torch
 from jaxtyping import Float32, Float64, UInt8
@@ -16,7 +20,6 @@ from libero.libero.envs.env_wrapper import ControlEnv
 from robosuite.utils.errors import RandomizationError
 from robosuite.utils.transform_utils import quat2axisangle
 
-import libero.libero
 from hooked_vla.rollouts.adapter import AdapterEnv
 from hooked_vla.rollouts.drawing import ModelView
 from hooked_vla.rollouts.libero_files import assets_folder, needed_files, package_folder
@@ -55,7 +58,7 @@ class LiberoEnv(AdapterEnv):
 
     def __init__(self, suite: str, task: SuiteTask, cameras: Sequence[str], image_size: int) -> None:
         """Raises FileNotFoundError where LIBERO's data files are not all there, with what is missing."""
-        super().__init__(task, cameras, tuple(CAMERAS), (image_size, image_size), 8, [-1] * 7, [1] * 7)
+        super().__init__(task, cameras, tuple(CAMERAS), (image_size, image_size), 8, [-1.0] * 7, [1.0] * 7)
         known = task_maps[suite][task.id]
         task_file = package_folder() / "bddl_files" / known.problem_folder / known.bddl_file
         assets = assets_folder()

@@ -90,8 +90,8 @@ def scene_xml(blocks: Iterable[str], pads: Iterable[str], image_size: int) -> st
           <geom class="hand" type="cylinder" size=".010 .05" pos="0 0 .07" mass=".3"/>
           <camera name="wrist" pos="0 -.075 .075" xyaxes="1 0 0 0 .86 .51" fovy="80"/>
           <body name="cup" gravcomp="1">
-            <geom name="cup" type="box" size="{CUP_HALF} {CUP_HALF} .01" pos="0 0 .01" mass=".05" margin=".004" gap=".004"
-              friction="1.5 .02 .001" condim="4" rgba=".15 .15 .15 1"/>
+            <geom name="cup" type="box" size="{CUP_HALF} {CUP_HALF} .01" pos="0 0 .01" mass=".05" margin=".004"
+              gap=".004" friction="1.5 .02 .001" condim="4" rgba=".15 .15 .15 1"/>
             <site name="rim" size=".002" rgba="0 0 0 0"/>
           </body>
         </body>

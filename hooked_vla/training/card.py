@@ -1,0 +1,87 @@
+"""The model card: what a shipped policy was trained on, how, and what it does, with intervals."""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from hooked_vla.rollouts.records import write_file
+from hooked_vla.rollouts.summary import Rate
+from hooked_vla.training.batches import Prompting
+from hooked_vla.training.demonstrations import NOISES
+from hooked_vla.training.recipes import Recipe
+from hooked_vla.vla import HookedVLA
+
+_PACKAGES = ("torch", "mujoco", "gymnasium", "numpy", "transformers")
+
+
+def facts(
+    name: str, recipe: Recipe, model: HookedVLA, seed: int, rates: Mapping[str, Rate], evaluation_seed: int
+) -> dict[str, Any]:
+    """Everything that the card says, as data."""
+    schedule, corrections = recipe.schedule, recipe.corrections
+    return {
+        "name": name,
+        "family": recipe.spec,
+        "parameters": sum(each.numel() for each in model.net.parameters()),
+        "seed": seed,
+        "cameras": list(model.spec.features.cameras),
+        "n_action_steps": model.spec.features.n_action_steps,
+        "demonstrations": {
+            "moments": recipe.moments, "suites": dict(recipe.suites), "action_noise": list(NOISES),
+        },
+        "prompts": asdict(Prompting()),
+        "vision_tower": {"steps": recipe.tower_steps, "frozen": True},
+        "imitation": asdict(schedule),
+        "corrections": asdict(corrections),
+        "success": {suite: rate.to_json() for suite, rate in rates.items()},
+        "evaluation_seed": evaluation_seed,
+        "versions": {"python": platform.python_version()} | {each: version(each) for each in _PACKAGES},
+    }  # fmt: skip
+
+
+def write_card(folder: Path, data: Mapping[str, Any]) -> None:
+    """README.md for people and card.json for programs."""
+    write_file(folder / "card.json", (json.dumps(data, indent=1) + "\n").encode())
+    write_file(folder / "README.md", _markdown(data).encode())
+
+
+def _markdown(data: Mapping[str, Any]) -> str:
+    rows = [
+        f"| {suite} | {rate['successes']} of {rate['episodes']} | {rate['success_rate']:.1%} "
+        f"| {rate['interval'][0]:.1%} to {rate['interval'][1]:.1%} |"
+        for suite, rate in data["success"].items()
+    ]
+    demos, prompts, imitation = data["demonstrations"], data["prompts"], data["imitation"]
+    shares = ", ".join(f"{share:.0%} {suite}" for suite, share in demos["suites"].items())
+    corrections = data["corrections"]
+    return f"""# {data["name"]}
+
+A small {data["family"]} ({data["parameters"]:,} parameters: the family's own code at a reduced size), trained by
+imitation to act on the tabletop. Cameras {", ".join(data["cameras"])} at 96 pixels; {data["n_action_steps"]} actions of
+each chunk are executed.
+
+## Success
+
+On starts that were never trained on (seeds from {data["evaluation_seed"]}), with Wilson's 95 % intervals:
+
+| suite | episodes | success | interval |
+|---|---|---|---|
+{chr(10).join(rows)}
+
+`shift` puts blocks where no demonstration had them. In `style`, success is that the block arrives, however it went.
+
+## Training
+
+- {demos["moments"]:,} recorded moments of the scripted expert ({shares}), its movements disturbed by noise of
+  {", ".join(map(str, demos["action_noise"]))} times the largest step; labels are what the expert would do undisturbed.
+- The vision tower was pretrained for {data["vision_tower"]["steps"]:,} steps on places of objects, then frozen.
+- Imitation: {imitation["steps"]:,} steps of {imitation["batch"]} moments with {imitation["n_draws"]} draws of noise
+  each, AdamW at {imitation["rate"]}; then {corrections["rounds"]} rounds of corrections (DAgger) with
+  {corrections["moments"]:,} moments and {corrections["steps"]:,} steps each.
+- Prompts: {prompts["paraphrased"]:.0%} paraphrased, {prompts["dropped"]:.0%} left empty.
+- Seed {data["seed"]}. Again: `hooked-vla train {data["name"]} --out DIR`.
+"""
