@@ -5,15 +5,17 @@ The vision tower is frozen, as these models freeze theirs; everything else is tr
 
 import csv
 import math
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from hooked_vla.training.batches import Batch, shuffled
@@ -67,10 +69,12 @@ def train(
     model.net.get_submodule("vision").requires_grad_(False)
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, schedule.rate, betas=(0.9, 0.98), weight_decay=schedule.weight_decay)
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.factor(step))
     average = Average(model.net)
     objective, optimizer = accelerator.prepare(objective, optimizer)
-    progress = Progress(folder, accelerator, average, rates)
+    # saved and loaded with the accelerator's own state
+    accelerator.register_for_checkpointing(rates, average)
+    progress = Progress(folder, accelerator, rates)
     done = progress.resume()
     batches = shuffled(data, schedule.batch, seed, skip=done)
     with tqdm(total=schedule.steps, initial=done, desc="training", unit="step") as bar:
@@ -116,32 +120,33 @@ class Average:
         for name, value in self.weights.items():
             parameters[name].copy_(value)
 
-    def in_place(self, net: nn.Module) -> "_Swapped":
-        """For a `with` block, the network holds the average."""
-        return _Swapped(self, net)
+    @contextmanager
+    def in_place(self, net: nn.Module) -> Iterator[None]:
+        """For the block, the network holds the average."""
+        parameters = dict(net.named_parameters())
+        before = {name: parameters[name].detach().clone() for name in self.weights}
+        self.give(net)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in before.items():
+                    parameters[name].copy_(value)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged weights."""
+        return dict(self.weights)
 
-class _Swapped:
-    def __init__(self, average: Average, net: nn.Module) -> None:
-        self.average, self.net = average, net
-
-    def __enter__(self) -> None:
-        parameters = dict(self.net.named_parameters())
-        self.before = {name: parameters[name].detach().clone() for name in self.average.weights}
-        self.average.give(self.net)
-
-    @torch.no_grad()
-    def __exit__(self, *exc: object) -> None:
-        parameters = dict(self.net.named_parameters())
-        for name, value in self.before.items():
-            parameters[name].copy_(value)
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from saved averages."""
+        self.weights = {name: value.clone() for name, value in state.items()}
 
 
 class Progress:
     """What a run leaves in its folder: log.csv, curve.csv and the state from which it can go on."""
 
-    def __init__(self, folder: Path, accelerator: Accelerator, average: Average, rates: Any) -> None:
-        self.folder, self.accelerator, self.average, self.rates = folder, accelerator, average, rates
+    def __init__(self, folder: Path, accelerator: Accelerator, rates: LRScheduler) -> None:
+        self.folder, self.accelerator, self.rates = folder, accelerator, rates
         self.loss = self.error = math.nan
         self._rows: list[tuple[int, float, float, float]] = []
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,9 +158,6 @@ class Progress:
             return 0
         step = int(states[-1].name.split("-")[1])
         self.accelerator.load_state(str(states[-1]))
-        self.average.weights = load_file(states[-1] / "average.safetensors")
-        for _ in range(step):
-            self.rates.step()
         self._forget_after(step)
         return step
 
@@ -172,12 +174,9 @@ class Progress:
         older = list(self.folder.glob("state-*"))
         temporary = self.folder / f".state-{step}"
         self.accelerator.save_state(str(temporary))
-        save_file(self.average.weights, temporary / "average.safetensors")
         temporary.replace(self.folder / f"state-{step}")
         for path in older:
-            for file in path.iterdir():
-                file.unlink()
-            path.rmdir()
+            shutil.rmtree(path)
         self._append("log.csv", ("step", "loss", "goal_error", "rate"), self._rows)
         self._rows = []
 
