@@ -1,8 +1,7 @@
-"""The library's main job on simulated input: a policy acts, is looked into, and is patched from one scene to another.
+"""The library's main job on simulated input: a trained policy acts, is looked into, and is patched to another goal.
 
-Scene A and scene B differ in objects, gripper and instruction. Every arm starts from the same noise, so whatever
-differs between two action chunks was put there. The weights are random: the numbers show what the machinery does,
-not what a trained policy does, and everything written says so. Needs the `sim` extra.
+Runs A and B see the same scene and differ in nothing but the instruction. Every arm starts from the same noise, so
+whatever differs between two action chunks was put there. Needs the `sim` extra.
 """
 
 import json
@@ -27,13 +26,15 @@ from hooked_vla.inputs import ACTION, LANGUAGE, PAD, STATE, Observation, image_s
 from hooked_vla.rollouts import needs_sim_extra
 from hooked_vla.vla import HookedVLA
 
-NOTICE = "randomly initialised weights, reduced size: shows the machinery, not behaviour"
-MODEL, SIZE = "smolvla", "tiny"
-# block and pad of each scene; the instructions are equally long, so that token positions correspond
-GOALS = {"A": ("red", "orange"), "B": ("green", "cyan")}
+MODEL = "smolvla-tabletop"
+NOTICE = f"{MODEL}: a small SmolVLA trained on the tabletop, in one scene"
+# tasks of the goal suite; the instructions are equally long, so that token positions correspond
+GOALS = {"A": "red-orange", "B": "blue-cyan"}
 RESIDUALS_AND_PATTERNS = ("*.hook_resid_pre", "*.hook_resid_mid", "*.hook_resid_post", "*.hook_pattern")
 PATCHED = ("{}.blocks.*.hook_resid_pre", "{}.blocks.*.hook_resid_post")
-IMAGE_SIZE = 192
+EPISODES = 24
+# starts that no model was trained on
+SEED = 810_000
 ALL = "all"
 N_RANDOM = 3
 PACKAGES = ("hooked-vla", "torch", "numpy", "mujoco", "gymnasium", "matplotlib")
@@ -124,32 +125,41 @@ class Pair:
         )  # fmt: skip
 
 
-def run_demo(out: Path, seed: int = 0, steps: int = 24) -> dict[str, Any]:
-    """Run the demonstration; write attention.png, patch_effect.png and demo.json into `out`, and return the latter.
+def run_demo(out: Path, seed: int = 0, episodes: int = EPISODES) -> dict[str, Any]:
+    """Run the demonstration; write demo.json, its pictures and a film into `out`, and return the numbers.
 
-    steps: how many environment steps the policy acts in each scene.
+    seed: of the scene that is looked into; episodes: of the goal suite, to say how well the policy acts.
     Raises ModuleNotFoundError naming the `sim` extra where it is not installed.
     """
     with needs_sim_extra():
         from hooked_vla import demo_figures as show
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+        from hooked_vla.demo_goals import draw_noise, run_goals
+        from hooked_vla.rollouts.sweep import run_rollouts
+    if episodes < 1:
+        raise ValueError(f"episodes must be at least 1, got {episodes}")
     out.mkdir(parents=True, exist_ok=True)
     console, clock, generator = Console(), Clock(), torch.Generator().manual_seed(seed)
     results: dict[str, Any] = {"notice": NOTICE}
     with one_thread(), torch.no_grad():
-        console.print(f"{MODEL} {SIZE}, seed {seed}: [bold]{NOTICE}[/bold]")
-        model = HookedVLA.from_spec(MODEL, SIZE, seed)
-        results["settings"] = settings(model, seed, steps)
+        model = HookedVLA.from_pretrained(MODEL)
+        console.print(f"[bold]{NOTICE}[/bold]")
+        results["settings"] = settings(model, seed, episodes)
         show.print_hook_points(console, model.hook_points)
         clock.lap("model")
 
-        scenes = {name: act(model, name, 2 * seed + i, steps, generator) for i, name in enumerate(GOALS)}
-        results["rollouts"] = {name: rollout for name, (_, rollout) in scenes.items()}
-        clock.lap("rollouts")
-        show.print_rollouts(console, results["rollouts"], clock.laps["rollouts"])
+        done = run_rollouts(model, "goal", episodes, SEED, name=MODEL, progress=True)
+        results["success"] = done.summary["baseline"].overall.to_json()
+        clock.lap("episodes")
+        show.print_success(console, results["success"])
 
-        pair = Pair(model, scenes["A"][0], scenes["B"][0], draw_noise(model, generator))
+        outcomes = run_goals(model, GOALS, SEED + seed, filmed=True)
+        results["goals"] = {outcome.copy.name: outcome.numbers() for outcome in outcomes}
+        clock.lap("goals")
+        show.print_goals(console, results["goals"])
+
+        observations = observe(SEED + seed)
+        results["instructions"] = {name: str(obs.instruction) for name, obs in observations.items()}
+        pair = Pair(model, observations["A"], observations["B"], draw_noise(model, generator))
         n_bytes = model.cache_size(pair.a, RESIDUALS_AND_PATTERNS)
         console.print(f"cache_size of every residual and attention pattern: {n_bytes:,} bytes")
         actions, cache = model.run_with_cache(pair.a, RESIDUALS_AND_PATTERNS, pair.noise)
@@ -159,7 +169,7 @@ def run_demo(out: Path, seed: int = 0, steps: int = 24) -> dict[str, Any]:
         results["attention"] = attention_maps(cache, tuple(pair.a.images))
         clock.lap("attention")
 
-        results["controls"] = controls(pair, actions.normalized, generator)
+        results["controls"] = controls(pair, actions.normalized, draw_noise(model, generator))
         results["input_swaps"] = {name: asdict(effect) for name, effect in input_swaps(pair).items()}
         vlm, expert = patch_vlm(pair, generator), patch_expert(pair, generator)
         results["vlm_patches"], results["expert_patches"] = ([asdict(each) for each in part] for part in (vlm, expert))
@@ -170,6 +180,8 @@ def run_demo(out: Path, seed: int = 0, steps: int = 24) -> dict[str, Any]:
         pictures = {
             "attention.png": lambda path: show.draw_attention(path, results, pair.a.images, model.spec.features.resize),
             "patch_effect.png": lambda path: show.draw_effects(path, results),
+            "goals.png": lambda path: show.draw_goals(path, results, pair.a.images["top"]),
+            "goals.mp4": lambda path: show.film_goals(path, outcomes),
         }
         for name, draw in pictures.items():
             write_whole(out / name, draw)
@@ -178,48 +190,18 @@ def run_demo(out: Path, seed: int = 0, steps: int = 24) -> dict[str, Any]:
     write_whole(out / "demo.json", lambda path: path.write_text(json.dumps(results, indent=1, allow_nan=False)))
     seconds = results["seconds"]["total"]
     console.print(f"wrote {', '.join(pictures)} and demo.json to {out}; {seconds:.1f} s in all", markup=False)
-    console.print(f"[bold]{NOTICE}[/bold]")
     return results
 
 
-def act(
-    model: HookedVLA, name: str, seed: int, steps: int, generator: torch.Generator
-) -> tuple[Observation, dict[str, Any]]:
-    """Let the policy act in a scene; its first observation, and what happened."""
+def observe(seed: int) -> dict[str, Observation]:
+    """The first observation of the scene, with each goal's instruction."""
     from hooked_vla.rollouts.suites import observation
     from hooked_vla.rollouts.tabletop import TabletopEnv
 
-    block, pad = GOALS[name]
-    env = TabletopEnv("goal", f"{block}-{pad}", IMAGE_SIZE)
-    obs, info = env.reset(seed=seed)
-    first, states = observation(obs), [obs["state"]]
-    model.reset()
-    for step in range(steps):
-        model.run_state.env_step = step
-        # the noise counts only when the queue is empty and a new chunk is made
-        action = model.select_action(observation(obs), noise=draw_noise(model, generator))
-        obs, _, terminated, _, info = env.step(action[0])
-        states.append(obs["state"])
-        if terminated:
-            break
-    model.run_state.env_step = None
+    env = TabletopEnv("goal", GOALS["A"], cameras=("top", "wrist"))
+    seen = {name: observation(env.reset(seed=seed, options={"task": task})[0]) for name, task in GOALS.items()}
     env.close()
-    path = torch.tensor([state[:3].tolist() for state in states]).diff(dim=0).norm(dim=1).sum()
-    return first, {
-        "seed": seed,
-        "instruction": obs["instruction"],
-        "env_steps": len(states) - 1,
-        "first_state": states[0].tolist(),
-        "last_state": states[-1].tolist(),
-        "gripper_path_metres": float(path),
-        "is_success": info["is_success"],
-    }
-
-
-def draw_noise(model: HookedVLA, generator: torch.Generator) -> Float[Tensor, "1 chunk d_action"]:
-    """Starting noise for one chunk."""
-    shape = [size for size in model.hook_points["expert.hook_noisy_actions"].shape if isinstance(size, int)]
-    return torch.randn(1, *shape, generator=generator)
+    return seen
 
 
 def attention_maps(cache: ActivationCache, cameras: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -257,11 +239,11 @@ def attention_maps(cache: ActivationCache, cameras: Sequence[str]) -> dict[str, 
     return found
 
 
-def controls(pair: Pair, actions_with_cache: Tensor, generator: torch.Generator) -> dict[str, Any]:
+def controls(pair: Pair, actions_with_cache: Tensor, other_noise: Tensor) -> dict[str, Any]:
     """What the effects are to be held against: runs that should change nothing, and one that only redraws noise."""
     rerun = pair.effect(pair.chunk(pair.a, pair.noise))
     kept = pair.edited("*.hook_resid_pre", lambda value, _: value.clone())
-    redrawn = pair.effect(pair.chunk(pair.a, draw_noise(pair.model, generator)))
+    redrawn = pair.effect(pair.chunk(pair.a, other_noise))
     return {
         "rerun_displacement": rerun.displacement,
         "identity_edit_displacement": kept.displacement,
@@ -273,8 +255,9 @@ def controls(pair: Pair, actions_with_cache: Tensor, generator: torch.Generator)
 
 
 def input_swaps(pair: Pair) -> dict[str, Effect]:
-    """Scene A with one part of the observation taken from B, by the name of the part's token segment."""
+    """Run A with one part of the observation taken from B, by the name of the part's token segment."""
     a, b = pair.a, pair.b
+    # what the runs share is swapped too: it must change nothing
     swapped = {image_segment(camera): replace(a, images={**a.images, camera: b.images[camera]}) for camera in a.images}
     swapped |= {LANGUAGE: replace(a, instruction=b.instruction), STATE: replace(a, state=b.state), ALL: b}
     return {name: pair.effect(pair.chunk(obs, pair.noise)) for name, obs in swapped.items()}
@@ -308,15 +291,13 @@ def patch_expert(pair: Pair, generator: torch.Generator) -> list[Patch]:
     return [pair.patch(source, site, ALL, mask, generator) for site in labels]
 
 
-def settings(model: HookedVLA, seed: int, steps: int) -> dict[str, Any]:
+def settings(model: HookedVLA, seed: int, episodes: int) -> dict[str, Any]:
     """What is needed to repeat the run, and the machine that its seconds belong to."""
     return {
         "model": MODEL,
-        "size": SIZE,
-        "weights": "random",
         "seed": seed,
-        "steps": steps,
-        "image_size": IMAGE_SIZE,
+        "episodes": episodes,
+        "goals": GOALS,
         "n_random_directions": N_RANDOM,
         "n_parameters": sum(each.numel() for each in model.parameters()),
         "n_hook_points": len(model.points),

@@ -1,4 +1,4 @@
-"""How the demo shows what it measured: printed tables and two figures, all drawn from the numbers in demo.json.
+"""How the demo shows what it measured: printed tables, figures and a film, all from the numbers in demo.json.
 
 Figures are made without pyplot, so no window system and no global state is involved.
 """
@@ -16,12 +16,16 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from PIL import Image, ImageDraw
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from hooked_vla.demo_goals import Outcome
 from hooked_vla.hooks import HookSite
 from hooked_vla.hooks.names import PATHWAYS, layer, leaf
+from hooked_vla.rollouts.tabletop.env import FPS
+from hooked_vla.rollouts.video import write_film
 
 # what a pathway is shown by, where it has them
 EXAMPLES = ("hook_tokens", "hook_out", "hook_resid_pre", "hook_pattern", "hook_velocity", "hook_actions")
@@ -48,21 +52,28 @@ def print_hook_points(console: Console, sites: Mapping[str, HookSite]) -> None:
     console.print(table)
 
 
-def print_rollouts(console: Console, rollouts: Mapping[str, Mapping[str, Any]], seconds: float) -> None:
-    """What the policy did in each scene."""
-    for name, each in rollouts.items():
-        console.print(
-            f"scene {name}, seed {each['seed']}, “{each['instruction']}”: {each['env_steps']} environment steps, "
-            f"the gripper travelled {100 * each['gripper_path_metres']:.1f} cm, success: {each['is_success']}"
-        )
-    n_steps = sum(each["env_steps"] for each in rollouts.values())
-    console.print(f"{n_steps} steps of policy, physics and two cameras in {seconds:.1f} s\n")
+def print_success(console: Console, success: Mapping[str, Any]) -> None:
+    """How well the policy acts."""
+    low, high = success["interval"]
+    console.print(
+        f"goal suite, starts never trained on: {success['successes']} of {success['episodes']} episodes "
+        f"({success['success_rate']:.0%}, 95 % interval {low:.0%} to {high:.0%})\n"
+    )
+
+
+def print_goals(console: Console, goals: Mapping[str, Mapping[str, Any]]) -> None:
+    """Which goal every copy of the robot reached."""
+    table = Table("row", "told", "reached", "steps", box=box.SIMPLE, title="One scene, one robot, two goals")
+    for name, each in goals.items():
+        table.add_row(name, each["told"], each["reached"], str(each["env_steps"]))
+    console.print(table)
+    console.print("patched: language tokens entering that block are those of a run that was told B, at every plan\n")
 
 
 def print_effects(console: Console, results: Mapping[str, Any]) -> None:
     """Controls, swapped inputs, and the patches of both streams."""
     controls = results["controls"]
-    console.print("\nChange of scene A's action chunk; 1 is the distance to scene B's chunk.")
+    console.print("\nChange of run A's action chunk; 1 is the distance to run B's chunk.")
     console.print(f"floor, the same run again: {controls['rerun_displacement']:g}")
     console.print(f"floor, an edit that returns its input: {controls['identity_edit_displacement']:g}")
     console.print(f"attention patterns computed in the open: {controls['watching_patterns_displacement']:.1e}")
@@ -87,7 +98,7 @@ def print_effects(console: Console, results: Mapping[str, Any]) -> None:
 def draw_attention(
     path: Path, results: Mapping[str, Any], images: Mapping[str, Any], resize: tuple[int, int] | None
 ) -> None:
-    """Both camera images of scene A, and what of them three readers attend to.
+    """Both camera images of run A, and what of them three readers attend to.
 
     resize: width and height of the model's image, into which cameras are fitted; None where they are used as is.
     """
@@ -107,7 +118,7 @@ def draw_attention(
         scale = ScalarMappable(_around_one(maps), ATTENTION_COLOURS)
         bar = figure.colorbar(scale, ax=axes[:, column], location="bottom", shrink=0.9, aspect=25)
         bar.set_label("attention to a token ÷ uniform attention", fontsize=10)
-    axes[0, 0].set_title(f"scene A\n“{results['rollouts']['A']['instruction']}”", fontsize=12)
+    axes[0, 0].set_title(f"run A\n“{results['instructions']['A']}”", fontsize=12)
     for each in axes.flat:
         each.set_xticks([])
         each.set_yticks([])
@@ -140,10 +151,53 @@ def draw_effects(path: Path, results: Mapping[str, Any]) -> None:
     _bars(figure.add_subplot(grid[1, :2]), results["expert_patches"])
     _key(figure.add_subplot(grid[1, 2]), results)
     figure.suptitle(
-        f"Residual stream patched from scene B into scene A: effect on the action chunk\n{results['notice']}",
+        f"Residual stream patched from run B into run A: effect on the action chunk\n{results['notice']}",
         fontsize=14,
     )
     _save(figure, path)
+
+
+def draw_goals(path: Path, results: Mapping[str, Any], image: np.ndarray) -> None:
+    """The way of every copy's cup over the table, seen from above, on the scene as it was at the start."""
+    figure = Figure(figsize=(11, 6.6), layout="constrained")
+    axes = figure.add_subplot()
+    # the top camera looks straight down from 1.05 m with a field of view of 39 degrees (tabletop/scene.py)
+    half = 1.05 * np.tan(np.deg2rad(39 / 2))
+    axes.imshow(image, extent=(-half, half, -half, half), interpolation="nearest", alpha=0.8)
+    goals = results["goals"]
+    for i, (name, each) in enumerate(goals.items()):
+        places = np.array(each["path"])
+        colour = {"A": "black", "B": "white"}.get(name, colormaps["plasma"](i / len(goals)))
+        axes.plot(places[:, 0], places[:, 1], color=colour, linewidth=2.2,
+                  label=f"{name}: reached {each['reached']}")  # fmt: skip
+        axes.plot(*places[-1, :2], "o", color=colour, markersize=7, markeredgecolor="black")
+    axes.set_xlim(-half, half)
+    axes.set_ylim(-half, half)
+    axes.set_xlabel("x in metres")
+    axes.set_ylabel("y in metres")
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=11, facecolor="#d0c0a8")
+    instructions = "\n".join(f"{name}: “{text}”" for name, text in results["instructions"].items())
+    axes.set_title(f"Where the suction cup goes when language tokens of B enter run A\n{instructions}", fontsize=12)
+    _save(figure, path)
+
+
+def film_goals(path: Path, outcomes: Sequence[Outcome]) -> None:
+    """A film with three panels: A, B, and the copy patched deepest that reached B (else the first patched one)."""
+    by_name = {outcome.copy.name: outcome for outcome in outcomes}
+    patched = [outcome for outcome in outcomes if outcome.copy.layer is not None]
+    moved = [outcome for outcome in patched if outcome.reached == "B"]
+    shown = [by_name["A"], by_name["B"], moved[-1] if moved else patched[0]]
+    frames = [
+        np.concatenate([_labelled(outcome, frame) for outcome, frame in zip(shown, each, strict=True)], axis=1)
+        for each in zip(*(outcome.frames for outcome in shown), strict=True)
+    ]
+    write_film(path, frames, fps=FPS)
+
+
+def _labelled(outcome: Outcome, frame: np.ndarray) -> np.ndarray:
+    picture = Image.fromarray(frame)
+    ImageDraw.Draw(picture).text((6, 4), f"{outcome.copy.name}: reaches {outcome.reached}", fill=(20, 20, 20))
+    return np.asarray(picture)
 
 
 def on_camera(
@@ -228,10 +282,10 @@ def _bars(axes: Axes, patches: Sequence[Mapping[str, Any]]) -> None:
 
 def _key(axes: Axes, results: Mapping[str, Any]) -> None:
     axes.axis("off")
-    rollouts, swaps, controls = results["rollouts"], results["input_swaps"], results["controls"]
+    instructions, swaps, controls = results["instructions"], results["input_swaps"], results["controls"]
     lines = [
-        f"A: “{rollouts['A']['instruction']}”",
-        f"B: “{rollouts['B']['instruction']}”",
+        f"A: “{instructions['A']}”",
+        f"B: “{instructions['B']}”",
         f"B's instruction given to A as input: {swaps['language']['displacement']:.2f}",
         f"another draw of the starting noise: {controls['other_noise_displacement']:.2f}",
         f"floor, the same run again: {controls['rerun_displacement']:g}",

@@ -13,7 +13,9 @@ from matplotlib.image import imread
 
 from hooked_vla import HookedVLA, demo
 from hooked_vla.demo_figures import on_camera
+from hooked_vla.demo_goals import run_goals
 from hooked_vla.policy import resize_with_pad
+from hooked_vla.rollouts.video import read_film
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Run:
 def run(tmp_path_factory) -> Run:
     out = tmp_path_factory.mktemp("demo")
     with redirect_stdout(StringIO()) as printed:
-        results = demo.run_demo(out, seed=0, steps=2)
+        results = demo.run_demo(out, seed=0, episodes=2)
     return Run(out, results, " ".join(printed.getvalue().split()))
 
 
@@ -40,16 +42,27 @@ def pair(tiny_model: HookedVLA) -> demo.Pair:
 
 
 def test_files_are_whole_and_nothing_else_is_left(run):
-    assert sorted(path.name for path in run.out.iterdir()) == ["attention.png", "demo.json", "patch_effect.png"]
-    for name in ("attention.png", "patch_effect.png"):
+    pictures = ["attention.png", "goals.png", "patch_effect.png"]
+    assert sorted(path.name for path in run.out.iterdir()) == sorted([*pictures, "demo.json", "goals.mp4"])
+    for name in pictures:
         pixels = imread(run.out / name)
         assert min(pixels.shape[:2]) > 800 and pixels.std() > 0.1
     assert json.loads((run.out / "demo.json").read_text()) == run.results
 
 
-def test_it_says_that_the_weights_are_random(run):
-    assert run.results["notice"] == demo.NOTICE and run.results["settings"]["weights"] == "random"
-    assert run.printed.count(demo.NOTICE) == 2
+def test_told_another_goal_the_robot_goes_there(run):
+    goals = run.results["goals"]
+    assert (goals["A"]["reached"], goals["B"]["reached"]) == ("A", "B")
+    # language tokens that have read nothing yet are the instruction itself
+    assert goals["A, patched at block 0"]["reached"] == "B"
+    assert goals["A, patched at block 0"]["path"] == goals["B"]["path"]
+    assert run.results["success"]["episodes"] == 2 and "goal suite" in run.printed
+
+
+def test_the_film_shows_three_robots_for_as_long_as_the_slowest_took(run):
+    frames = list(read_film(run.out / "goals.mp4"))
+    assert len(frames) >= max(each["env_steps"] for each in run.results["goals"].values())
+    assert frames[0].shape == (224, 3 * 224, 3)
 
 
 def test_floors_are_exactly_zero(run):
@@ -63,7 +76,8 @@ def test_floors_are_exactly_zero(run):
 def test_replay_exactly_where_the_patch_cuts_everything(run):
     patches = run.results["vlm_patches"] + run.results["expert_patches"]
     replays = [(patch["site"], patch["segment"]) for patch in patches if patch["outcome"] == "replay"]
-    assert replays == [("vlm.blocks.0.hook_resid_pre", "all"), ("expert.blocks.3.hook_resid_post", "all")]
+    first, last = "vlm.blocks.0.hook_resid_pre", "expert.blocks.3.hook_resid_post"
+    assert replays == [(first, "language"), (first, "all"), (last, "all")]
     for patch in patches:
         if patch["outcome"] == "replay":
             assert patch["displacement"] == pytest.approx(1) and patch["toward_b"] == pytest.approx(1)
@@ -71,15 +85,21 @@ def test_replay_exactly_where_the_patch_cuts_everything(run):
 
 def test_no_effect_exactly_where_nothing_reads_the_stream(run):
     patches = run.results["vlm_patches"] + run.results["expert_patches"]
-    dead = {patch["site"] for patch in patches if patch["outcome"] == "no effect"}
-    assert dead == {"vlm.blocks.3.hook_resid_post"}
-    assert all(patch["displacement"] == patch["random_displacement"] == 0 for patch in patches if patch["site"] in dead)
+    still = {(patch["site"], patch["segment"]) for patch in patches if patch["outcome"] == "no effect"}
+    dead, first = "vlm.blocks.3.hook_resid_post", "vlm.blocks.0.hook_resid_pre"
+    segments = {patch["segment"] for patch in run.results["vlm_patches"]}
+    # what the runs share is the same when it enters
+    assert still == {(dead, segment) for segment in segments} | {(first, s) for s in segments - {"language", "all"}}
+    assert all(patch["displacement"] == 0 for patch in patches if (patch["site"], patch["segment"]) in still)
+    assert all(patch["random_displacement"] == 0 for patch in patches if patch["site"] == dead)
 
 
 def test_patching_where_tokens_enter_equals_swapping_the_input(run):
     assert run.results["controls"]["swap_minus_first_patch"] == 0
     assert run.results["input_swaps"]["language"]["displacement"] > 0
-    assert run.results["input_swaps"]["all"]["outcome"] == "replay"
+    swaps = {name: effect["outcome"] for name, effect in run.results["input_swaps"].items()}
+    assert swaps.pop("all") == swaps.pop("language") == "replay"
+    assert set(swaps.values()) == {"no effect"}, "the runs share everything but the instruction"
 
 
 def test_cache_holds_what_was_predicted(run):
@@ -87,7 +107,7 @@ def test_cache_holds_what_was_predicted(run):
 
 
 def test_attention_shares_are_fractions_and_grids_are_square(run):
-    sides = {"vision": 8, "vlm": 2, "expert": 2}
+    sides = {"vision": 8, "vlm": 4, "expert": 4}
     for reader, maps in run.results["attention"].items():
         for each in maps.values():
             grid = np.array(each["grid"])
@@ -97,10 +117,9 @@ def test_attention_shares_are_fractions_and_grids_are_square(run):
     assert all(each["share"] == pytest.approx(1, rel=1e-5) for each in run.results["attention"]["vision"].values())
 
 
-def test_acting_repeats_bit_for_bit(run, tiny_model):
-    generator = torch.Generator().manual_seed(0)
-    for i, name in enumerate(demo.GOALS):
-        assert demo.act(tiny_model, name, i, 2, generator)[1] == run.results["rollouts"][name]
+def test_acting_repeats_bit_for_bit(run):
+    again = run_goals(HookedVLA.from_pretrained(demo.MODEL), demo.GOALS, demo.SEED, filmed=False)
+    assert {each.copy.name: each.numbers() for each in again} == run.results["goals"]
 
 
 def test_an_edit_towards_b_is_measured_along_the_way(pair):

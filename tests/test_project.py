@@ -23,7 +23,7 @@ LAYERS = [
     {"vla"},
     {"describe", "interventions", "sae", "analysis"},
     {"rollouts"},
-    {"training", "serving", "demo_measure", "demo_figures", "demo"},
+    {"training", "serving", "demo_goals", "demo_figures", "demo"},
     {"atlas", "cli"},
 ]
 # these work on any hooked model

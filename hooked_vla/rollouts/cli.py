@@ -42,22 +42,25 @@ def rollouts(
     # whatever is said on the way must not mix with the JSON
     with redirect_stdout(sys.stderr):
         try:
+            from hooked_vla.rollouts.executor import WorkerError
             from hooked_vla.rollouts.jobs import ModelSource
             from hooked_vla.rollouts.settings import Options
             from hooked_vla.rollouts.sweep import EXPERT, run_rollouts
-
+        except ModuleNotFoundError as error:
+            raise typer.BadParameter(str(error)) from error
+        try:
             options = Options(
                 n_envs, max_steps, n_action_steps, image_size, _pairs(cameras), unnorm_key, threads=threads
             )
             done = run_rollouts(
                 EXPERT if model == EXPERT else ModelSource(model, size, device=device, dtype=dtype),
-                suite, episodes, seed, None if tasks is None else tasks.split(","),
+                suite, episodes, seed, None if tasks is None else [task.strip() for task in tasks.split(",")],
                 out=out, options=options, executor=_executor(executor, workers), progress=True,
             )  # fmt: skip
         except (ValueError, FileNotFoundError, NotADirectoryError, ModuleNotFoundError) as error:
             raise typer.BadParameter(str(error)) from error
-        except OSError as error:
-            typer.secho(f"{error.strerror or error}", err=True, fg="red")
+        except (OSError, WorkerError) as error:
+            typer.secho(getattr(error, "strerror", None) or str(error), err=True, fg="red")
             raise typer.Exit(1) from error
         typer.echo(str(done.timing), err=True)
     numbers = report(done)

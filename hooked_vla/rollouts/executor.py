@@ -26,6 +26,10 @@ from hooked_vla.vla import HookedVLA
 MAX_DEATHS = 3
 
 
+class WorkerError(RuntimeError):
+    """A worker failed, or the workers of one task died again and again."""
+
+
 @dataclass(frozen=True)
 class Event:
     """What a worker reports. kind: "ready" to take a task; an episode's "part"; a task "done", with its Timing;
@@ -63,7 +67,7 @@ def run_tasks(tasks: Sequence[Task], pool: Pool, workers: int, on_part: Callable
     """Runs every task to its end on the pool, and closes it; on_part gets each episode that a worker finished.
 
     A task is given again, to another worker, when its worker died; its episodes may then come twice.
-    Raises RuntimeError when a worker reports an error, or the workers of one task died MAX_DEATHS times.
+    Raises WorkerError when a worker reports an error, or the workers of one task died MAX_DEATHS times.
     """
     waiting, busy, idle = deque(tasks), dict[int, Task](), list[int]()
     deaths, timing = Counter[Task | None](), Timing()
@@ -77,7 +81,7 @@ def run_tasks(tasks: Sequence[Task], pool: Pool, workers: int, on_part: Callable
                     on_part(task, event.payload)
                 elif event.kind == "failed":
                     where = "while it started" if task is None else f"at {task.group.cells[0]} and those beside it"
-                    raise RuntimeError(f"a worker failed {where}: {event.payload}")
+                    raise WorkerError(f"a worker failed {where}: {event.payload}")
                 elif event.kind == "died":
                     if event.worker in idle:
                         idle.remove(event.worker)
@@ -105,7 +109,7 @@ def _count_death(deaths: Counter[Task | None], task: Task | None) -> None:
     deaths[task] += 1
     if deaths[task] >= MAX_DEATHS:
         what = "as they started" if task is None else f"at {task.group.cells[0]} and those beside it"
-        raise RuntimeError(f"{deaths[task]} workers died {what} (killed, or out of memory?); giving up")
+        raise WorkerError(f"{deaths[task]} workers died {what} (killed, or out of memory?); giving up")
 
 
 class _InProcess:

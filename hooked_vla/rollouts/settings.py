@@ -141,7 +141,8 @@ def constant_text(processor: Processor, wanted: bool) -> Iterator[None]:
     """Inside the block, instructions are padded to the model's longest text where its tokenizer does the padding.
 
     A batch then has one shape, whatever its rows say, and rows round alike whatever shares their batch. Models whose
-    processor lays out prompts by itself, or that read no text, are left alone.
+    processor lays out and pads prompts by itself are left alone: with instructions of different lengths, what shares
+    a row's batch may then change the last bits of its actions.
     """
     tokenizer = getattr(processor, "tokenizer", None) if wanted else None
     if tokenizer is None:

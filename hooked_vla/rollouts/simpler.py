@@ -117,7 +117,6 @@ class SimplerEnv(AdapterEnv):
                 obs_mode="rgb+segmentation", num_envs=1
             )
         self.simulator._rgb_overlay_images = twin._rgb_overlay_images
-        self.simulator._objects_to_remove_from_greenscreen = twin._objects_to_remove_from_greenscreen
         self._seen: np.ndarray | None = None
 
     def image(self, camera: str) -> UInt8[np.ndarray, "height width 3"]:

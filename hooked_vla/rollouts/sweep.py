@@ -123,7 +123,7 @@ def run_plans(
     same plan was begun in a folder, it is gone on with: a group that is not wholly recorded runs again as a whole,
     and gives the same bytes. progress: show a bar on standard error. watchers look on, in this process only; they see
     again what runs again. loaded: models that are here already, by the plan's number.
-    Raises ValueError for a folder with other results, or watchers with an executor of other processes; RuntimeError
+    Raises ValueError for a folder with other results, or watchers with an executor of other processes; WorkerError
     when a worker fails; BlockingIOError where another process records in a folder; OSError on a full disk, where
     whole episodes are left.
     """

@@ -34,7 +34,7 @@ class Recipe:
     words: tuple[str, ...] = ()
     tower_steps: int = 7000
     moments: int = 48_000
-    corrections: Corrections = Corrections(rounds=2, moments=8000, steps=1500)
+    corrections: Corrections = Corrections(rounds=0, moments=8000, steps=1500)
     suites: Mapping[str, float] = field(default_factory=lambda: dict(MIXTURE))
     evaluated: tuple[str, ...] = ("goal", "object", "spatial", "shift", "style")
 
@@ -42,12 +42,12 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "smolvla-tabletop": Recipe(
         "smolvla",
-        Schedule(steps=6000, batch=64, n_draws=2),
+        Schedule(steps=6000, batch=64, n_draws=2, rate=6e-4),
         Readout("vlm.blocks.3.hook_resid_pre", 0.5),
     ),
     "pi05-tabletop": Recipe(
         "pi05",
-        Schedule(steps=6000, batch=64, n_draws=2),
+        Schedule(steps=6000, batch=64, n_draws=2, rate=6e-4),
         Readout("vlm.blocks.3.hook_resid_pre", 0.5),
         words=_STATE_WORDS,
         tower_steps=9000,

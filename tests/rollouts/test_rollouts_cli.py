@@ -1,5 +1,6 @@
 """`hooked-vla rollouts` as a user meets it, on the tabletop: numbers on standard output, resumed after a kill."""
 
+import errno
 import json
 import os
 import signal
@@ -100,3 +101,17 @@ def test_mistakes_are_one_message_without_a_traceback(whole: tuple[Path, dict], 
     result = runner.invoke(app, ["rollouts", *(each for pair in arguments.items() for each in pair)])
     assert result.exit_code == 2 and message in " ".join(result.output.replace("│", " ").split())
     assert "Traceback" not in result.output and not result.stdout
+
+
+def test_a_full_disk_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write = Path.write_bytes
+
+    def fill(path: Path, content: bytes) -> int:
+        if "episodes" in path.parts:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    result = runner.invoke(app, [*RUN, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1 and "no space left for episode 0" in result.output and not result.stdout
+    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.glob("out/episodes/*/*"))
