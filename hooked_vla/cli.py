@@ -1,5 +1,6 @@
 """The `hooked-vla` command: what models there are, what can be hooked in them, what a checkpoint is, the demo."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from hooked_vla.rollouts.export_cli import export
 from hooked_vla.serving.cli import serve
 from hooked_vla.training.cli import train
 from hooked_vla.vla import HookedVLA
-from hooked_vla.weights import open_checkpoint
+from hooked_vla.weights import SHIPPED, open_checkpoint, shipped_policies
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Interpretability for vision-language-action models."
@@ -42,6 +43,8 @@ def models() -> None:
         repos = "\n".join(checkpoint.repo_id for checkpoint in spec.checkpoints)
         table.add_row(name, f"{spec.n_parameters / 1e6:,.0f} M", spec.description, repos)
     console.print(table)
+    if shipped := shipped_policies():
+        console.print(_policy_table(shipped))
 
 
 @app.command()
@@ -107,6 +110,17 @@ def demo(
     from hooked_vla.demo import run_demo
 
     run_demo(out, seed=seed)
+
+
+def _policy_table(names: list[str]) -> Table:
+    """The policies that come with the package, as their cards have them."""
+    cards = [json.loads((SHIPPED / name / "card.json").read_text()) for name in names]
+    suites = list(dict.fromkeys(suite for card in cards for suite in card["success"]))
+    table = Table("policy, in the package", "parameters", *suites, title="success on suites of the tabletop")
+    for name, card in zip(names, cards, strict=True):
+        rates = [card["success"].get(suite, {}).get("success_rate") for suite in suites]
+        table.add_row(name, f"{card['parameters'] / 1e6:.1f} M", *("" if r is None else f"{r:.0%}" for r in rates))
+    return table
 
 
 def _load_skeleton(name: str, size: str) -> HookedVLA:

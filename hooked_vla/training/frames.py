@@ -96,8 +96,8 @@ def object_places(env: TabletopEnv, camera: str) -> Float32[np.ndarray, "object 
         elif name == "cup":
             positions[i] = env.data.site("rim").xpos
     places = project(env, camera, positions)
-    inside = np.logical_and(places >= 0, places < 1).all(axis=1)
-    return np.where(inside[:, None], places, np.nan).astype(np.float32)
+    inside = np.all((places >= 0) & (places < 1), axis=1)
+    return np.where(np.reshape(inside, (-1, 1)), places, np.nan).astype(np.float32)
 
 
 def project(env: TabletopEnv, camera: str, points: Float64[np.ndarray, "point 3"]) -> Float64[np.ndarray, "point 2"]:

@@ -167,7 +167,7 @@ class Progress:
         self.loss = loss if math.isnan(self.loss) else keep * self.loss + (1 - keep) * loss
         self.error = error if math.isnan(self.error) else keep * self.error + (1 - keep) * error
         if (step + 1) % _LOG_EVERY == 0:
-            self._rows.append((step + 1, self.loss, self.error, self.rates.get_last_lr()[0]))
+            self._rows.append((step + 1, self.loss, self.error, float(self.rates.get_last_lr()[0])))
 
     def save(self, step: int) -> None:
         """Save the state under a temporary name, rename it, then remove the one before."""

@@ -79,7 +79,8 @@ def _urdf() -> str:
     parts, parent = [_link("base_link", "0.05 0.05 0.02")], "base_link"
     for name, axis, offset, limit in _ARM:
         parts.append(_link(f"{name}_link", "0.03 0.03 0.03"))
-        rest = f'<origin xyz="{offset}"/><axis xyz="{axis}"/><limit lower="-{limit}" upper="{limit}" effort="200" velocity="3"/>'
+        bounds = f'<limit lower="-{limit}" upper="{limit}" effort="200" velocity="3"/>'
+        rest = f'<origin xyz="{offset}"/><axis xyz="{axis}"/>{bounds}'
         parts.append(_joint(name, "revolute", parent, f"{name}_link", rest))
         parent = f"{name}_link"
     parts.append(_link("ee_gripper_link", "0.01 0.01 0.01"))

@@ -169,3 +169,29 @@ def test_only_trained_models_have_a_tabletop_size():
 
 def test_statistics_do_not_blow_up_what_hardly_moves():
     assert statistics(np.zeros((10, 2), np.float32))["std"].min() == pytest.approx(1e-2)
+
+
+def test_an_unknown_policy_is_refused_with_the_known_ones(tmp_path):
+    from typer.testing import CliRunner
+
+    from hooked_vla.cli import app
+
+    done = CliRunner().invoke(app, ["train", "no-such-tabletop", "--out", str(tmp_path)])
+    assert done.exit_code == 2 and "no-such-tabletop" in done.output and "smolvla-tabletop" in done.output
+    assert not any(tmp_path.iterdir())
+
+
+def test_shipped_policies_are_known_by_name_and_carry_their_cards():
+    import json
+
+    from hooked_vla.weights import SHIPPED, shipped_policies
+
+    assert set(shipped_policies()) <= set(RECIPES) and "smolvla-tabletop" in shipped_policies()
+    for name in shipped_policies():
+        model = HookedVLA.from_pretrained(name)
+        card = json.loads((SHIPPED / name / "card.json").read_text())
+        assert card["parameters"] == sum(each.numel() for each in model.net.parameters())
+        assert (SHIPPED / name / "model.safetensors").stat().st_size < 8e6
+        for rate in card["success"].values():
+            assert rate["interval"][0] <= rate["success_rate"] <= rate["interval"][1]
+        assert name in (SHIPPED / name / "README.md").read_text()
