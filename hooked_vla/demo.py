@@ -26,8 +26,8 @@ from hooked_vla.inputs import ACTION, LANGUAGE, PAD, STATE, Observation, image_s
 from hooked_vla.rollouts import needs_sim_extra
 from hooked_vla.vla import HookedVLA
 
-MODEL = "smolvla-tabletop"
-NOTICE = f"{MODEL}: a small SmolVLA trained on the tabletop, in one scene"
+MODEL = "pi05-tabletop"
+NOTICE = f"{MODEL}: a small π0.5 trained on the tabletop, in one scene"
 # tasks of the goal suite; the instructions are equally long, so that token positions correspond
 GOALS = {"A": "red-orange", "B": "blue-cyan"}
 RESIDUALS_AND_PATTERNS = ("*.hook_resid_pre", "*.hook_resid_mid", "*.hook_resid_post", "*.hook_pattern")
@@ -210,10 +210,12 @@ def attention_maps(cache: ActivationCache, cameras: Sequence[str]) -> dict[str, 
     grid: per token, rows from the top, as a multiple of uniform attention over the keys that the query sees.
     share, uniform_share: fraction of all attention that goes to the camera, and would if it were uniform.
     """
+    # an expert that reads images by cross-attention does so in every other layer; else it reads them in all
+    crossed = any(".cross_attn." in name for name in cache)
     readers = {
         "vision": ("vision.blocks.*.attn.hook_pattern", None),
         "vlm": ("vlm.blocks.*.attn.hook_pattern", LANGUAGE),
-        "expert": ("expert.blocks.*.cross_attn.hook_pattern", ACTION),
+        "expert": (f"expert.blocks.*.{'cross_attn' if crossed else 'attn'}.hook_pattern", ACTION),
     }
     found: dict[str, dict[str, Any]] = {}
     for reader, (sites, query) in readers.items():

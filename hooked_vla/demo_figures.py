@@ -32,7 +32,7 @@ EXAMPLES = ("hook_tokens", "hook_out", "hook_resid_pre", "hook_pattern", "hook_v
 READERS = {
     "vision": "image encoder\npatches read patches",
     "vlm": "VLM\nlanguage reads image tokens",
-    "expert": "expert, cross-attention\nactions read image tokens",
+    "expert": "expert\nactions read image tokens",
 }
 ATTENTION_COLOURS = "coolwarm"
 DPI = 150

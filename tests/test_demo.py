@@ -107,7 +107,7 @@ def test_cache_holds_what_was_predicted(run):
 
 
 def test_attention_shares_are_fractions_and_grids_are_square(run):
-    sides = {"vision": 8, "vlm": 4, "expert": 4}
+    sides = {"vision": 4, "vlm": 4, "expert": 4}
     for reader, maps in run.results["attention"].items():
         for each in maps.values():
             grid = np.array(each["grid"])

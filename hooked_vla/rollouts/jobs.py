@@ -115,7 +115,7 @@ class Worker:
             self.close()
             job = self.jobs[number]
             settings = job.settings
-            # the first `give_back` of a group must not close what its later rows still need
+            # a group's environments stay for the next one, and those that the group before it left
             environments = Environments(
                 job.suite, tuple(settings.cameras.values()), settings.image_size, 2 * settings.n_envs
             )

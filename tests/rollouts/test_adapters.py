@@ -25,7 +25,9 @@ class Counter(AdapterEnv):
     """Shows its seed; solved when the action is all ones."""
 
     def __init__(self, cameras=("front",), image_shape=(4, 6)):
-        super().__init__(SuiteTask("count", "count to one"), cameras, ("front",), image_shape, 1, [-1.0, 0.0], [1.0, 1.0])
+        super().__init__(
+            SuiteTask("count", "count to one"), cameras, ("front",), image_shape, 1, [-1.0, 0.0], [1.0, 1.0]
+        )
         self.seed = -1
 
     def image(self, camera):

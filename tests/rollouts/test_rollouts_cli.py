@@ -13,16 +13,28 @@ import pytest
 from typer.testing import CliRunner
 
 from hooked_vla.cli import app
+from hooked_vla.rollouts import manifest
 from hooked_vla.rollouts.records import read_episodes
 
 runner = CliRunner(env={"COLUMNS": "160", "TERM": "xterm"})
-RUN = ["rollouts", "--model", "smolvla", "--size", "tiny", "--suite", "object", "--tasks", "red,blue", "--episodes", "8",
-       "--seed", "987654", "--n-envs", "2", "--max-steps", "10", "--json", "-", "--image-size", "32"]  # fmt: skip
+RUN = ["rollouts", "--model", "smolvla", "--size", "tiny", "--suite", "object", "--tasks", "red,blue",
+       "--episodes", "8", "--seed", "987654", "--n-envs", "2", "--max-steps", "10", "--image-size", "32",
+       "--json", "-"]  # fmt: skip
 MAIN = "from hooked_vla.cli import app; app()"
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_commit():
+    """Somebody may commit while these tests run: here, and in the processes they start, there is no checkout."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GIT_DIR", os.devnull)
+        manifest._commit.cache_clear()
+        yield
+    manifest._commit.cache_clear()
 
 
 @pytest.fixture(scope="module")

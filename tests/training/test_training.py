@@ -186,7 +186,7 @@ def test_shipped_policies_are_known_by_name_and_carry_their_cards():
 
     from hooked_vla.weights import SHIPPED, shipped_policies
 
-    assert set(shipped_policies()) <= set(RECIPES) and "smolvla-tabletop" in shipped_policies()
+    assert set(shipped_policies()) <= set(RECIPES) and "pi05-tabletop" in shipped_policies()
     for name in shipped_policies():
         model = HookedVLA.from_pretrained(name)
         card = json.loads((SHIPPED / name / "card.json").read_text())

@@ -97,7 +97,9 @@ class LiberoEnv(AdapterEnv):
             self._reset_simulator()
             self.simulator.sim.set_state_from_flattened(self.starts[start])
             self.simulator.sim.forward()
+            # the rest of the package's set_init_state; from here on it counts when to read the robot's state
             self.simulator._post_process()
+            self.simulator._update_observables(force=True)
             for _ in range(WAIT_STEPS):
                 self._advance(np.array(WAIT_ACTION))
 

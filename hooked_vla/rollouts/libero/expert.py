@@ -20,7 +20,7 @@ from hooked_vla.rollouts.libero.env import LiberoEnv
 
 Vector = Float64[np.ndarray, " 3"]
 OPEN, CLOSED = -1.0, 1.0
-# of the controller's 5 cm, the share that a step asks for each centimetre to go
+# what a step asks of the controller, in its units of 5 cm, for each metre to go: somewhat more, since the arm lags
 _GAIN = 1.2 / 0.05
 # bowls are gripped by the wall: this far from their middle, and this high over their origin, metres
 _BOWL_WALL, _BOWL_GRIP = 0.047, 0.032
@@ -80,7 +80,8 @@ class PickAndPlace:
         return self.hand, CLOSED, self.steps > 12
 
     def _lift(self) -> tuple[Vector, float, bool]:
-        return np.array([*self.hand[:2], self.height]), CLOSED, self.hand[2] > self.height - 0.02 or self.steps > 40
+        there = bool(self.hand[2] > self.height - 0.02)
+        return np.array([*self.hand[:2], self.height]), CLOSED, there or self.steps > 40
 
     def _carry(self) -> tuple[Vector, float, bool]:
         target = self.position(self.place) - (self.position(self.object) - self.hand)
