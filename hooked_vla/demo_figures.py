@@ -168,7 +168,8 @@ def draw_goals(path: Path, results: Mapping[str, Any], image: np.ndarray) -> Non
     for i, (name, each) in enumerate(goals.items()):
         places = np.array(each["path"])
         colour = {"A": "black", "B": "white"}.get(name, colormaps["plasma"](i / len(goals)))
-        axes.plot(places[:, 0], places[:, 1], color=colour, linewidth=2.2,
+        style = {"linestyle": "--", "zorder": 3} if name == "B" else {}
+        axes.plot(places[:, 0], places[:, 1], color=colour, linewidth=2.2, **style,
                   label=f"{name}: reached {each['reached']}")  # fmt: skip
         axes.plot(*places[-1, :2], "o", color=colour, markersize=7, markeredgecolor="black")
     axes.set_xlim(-half, half)

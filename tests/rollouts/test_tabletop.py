@@ -6,7 +6,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from hooked_vla import HookedVLA, rollouts
-from hooked_vla.rollouts.suites import get_suite, observation
+from hooked_vla.rollouts.suites import observation
 from hooked_vla.rollouts.tabletop import BLOCKS, ENV_ID, MAX_STEPS, PADS, TASKS, TabletopEnv
 from hooked_vla.rollouts.tabletop.expert import PHASES
 from hooked_vla.rollouts.tabletop.tasks import JITTER, SHIFTED_SLOTS, SLOTS

@@ -5,19 +5,21 @@ data sets turn them by half a turn: what a policy sees is upright and mirrored l
 """
 
 # comes with an extra: where it is absent, importing says so
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import libero.libero
+import mujoco
 import numpy as np
 import torch
 from jaxtyping import Float32, Float64, UInt8
 from libero.libero.benchmark import task_maps
 from libero.libero.envs.env_wrapper import ControlEnv
 from robosuite.utils.errors import RandomizationError
+from robosuite.utils.observables import Observable, sensor
 from robosuite.utils.transform_utils import quat2axisangle
 
 from hooked_vla.rollouts.adapter import AdapterEnv
@@ -76,13 +78,17 @@ class LiberoEnv(AdapterEnv):
                 control_freq=FPS,
             ).env
         self._observed: dict[str, Any] = {}
-        self._view = ModelView(
-            self.simulator.sim.model._model,
-            self.simulator.sim.data._data,
-            *self.image_shape,
-            hide_groups=(_COLLISION,),
-            show_groups=(_VISUAL,),
-        )
+        model, data = self.simulator.sim.model._model, self.simulator.sim.data._data
+        moment = mujoco.MjData(model)
+
+        @sensor(modality="moment")
+        def keep_moment(_: dict[str, Any]) -> float:
+            mujoco.mj_copyData(moment, model, data)
+            return 0.0
+
+        # robosuite looks at the start of a control step, 48 ms before it ends, at robot and scene alike
+        self.simulator.add_observable(Observable("moment", keep_moment, sampling_rate=FPS))
+        self._view = ModelView(model, moment, *self.image_shape, hide_groups=(_COLLISION,), show_groups=(_VISUAL,))
 
     def image(self, camera: str) -> UInt8[np.ndarray, "height width 3"]:
         return np.ascontiguousarray(self._view.image(CAMERAS[camera])[:, ::-1])
