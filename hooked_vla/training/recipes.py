@@ -47,7 +47,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "pi05-tabletop": Recipe(
         "pi05",
-        Schedule(steps=6000, batch=64, n_draws=2, rate=6e-4),
+        Schedule(steps=4500, batch=64, n_draws=2, rate=6e-4),
         Readout("vlm.blocks.3.hook_resid_pre", 0.5),
         words=_STATE_WORDS,
         tower_steps=9000,
