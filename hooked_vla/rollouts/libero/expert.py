@@ -24,6 +24,8 @@ OPEN, CLOSED = -1.0, 1.0
 _GAIN = 1.2 / 0.05
 # bowls are gripped by the wall: this far from their middle, and this high over their origin, metres
 _BOWL_WALL, _BOWL_GRIP = 0.047, 0.032
+# how far the fingers reach over what is between them before the palm touches it, metres
+_REACH = 0.032
 _HOVER, _LIFT, _CLEAR = 0.12, 0.22, 0.16
 # over where things are put: a bowl's origin, and the gripper with anything else, metres
 _BOWL_DROP, _DROP = 0.03, 0.10
@@ -65,7 +67,21 @@ class PickAndPlace:
     def grip(self) -> Vector:
         """Where the fingers close."""
         at = self.position(self.object)
-        return at + [0, _BOWL_WALL, _BOWL_GRIP] if self.is_bowl else at
+        if self.is_bowl:
+            return at + [0, _BOWL_WALL, _BOWL_GRIP]
+        return np.array([*at[:2], max(at[2], self._top() - _REACH)])
+
+    def _top(self) -> float:
+        """Height of the highest point of what collides of the object."""
+        simulator = self.env.simulator
+        model, data = simulator.sim.model._model, simulator.sim.data._data
+        root = model.body_rootid[simulator.obj_body_id[self.object]]
+        tops = []
+        for geom in range(model.ngeom):
+            if model.body_rootid[model.geom_bodyid[geom]] == root and model.geom_contype[geom]:
+                up, box = data.geom_xmat[geom].reshape(3, 3)[2], model.geom_aabb[geom]
+                tops.append(data.geom_xpos[geom, 2] + up @ box[:3] + np.abs(up) @ box[3:])
+        return float(max(tops))
 
     def _over(self) -> tuple[Vector, float, bool]:
         target = self.grip + [0, 0, _HOVER]
