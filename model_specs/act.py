@@ -183,3 +183,15 @@ TINY = replace(
         SPEC.features, cameras=("agent", "wrist"), d_state=4, d_action=4, n_action_steps=8, normalization={}
     ),
 )  # fmt: skip
+
+# the same wiring, as small as acts on the tabletop
+TABLETOP = replace(
+    SPEC,
+    vision=replace(SPEC.vision, image_size=(96, 96), widths=(24, 48, 96, 128), n_blocks=(1, 1, 1, 1)),
+    transformer=replace(SPEC.transformer, d_model=128, n_heads=4, d_mlp=256, n_encoder_layers=4, n_decoder_layers=1),
+    latent=LatentSpec(d_latent=16, n_vae_layers=2),
+    chunk=8,
+    features=replace(
+        SPEC.features, cameras=("top", "wrist"), d_state=4, d_action=4, n_action_steps=4,
+    ),
+)  # fmt: skip

@@ -267,3 +267,26 @@ TINY = replace(
         SPEC.features, cameras=("agent", "wrist"), resize=(64, 64), n_action_steps=6, max_text=48, tokenizer="bytes"
     ),
 )  # fmt: skip
+
+# the same wiring, as small as acts on the tabletop: 16 image tokens a camera
+TABLETOP = replace(
+    SPEC,
+    vision=replace(
+        SPEC.vision, d_model=(32, 64, 128), n_layers=(1, 1, 2), n_heads=(2, 4, 4), n_groups=(2, 4, 4),
+        d_mlp=(128, 128, 256), kernel=(7, 3, 3), stride=(6, 2, 2), padding=(3, 1, 1), prenorm=(False, True, True),
+        window=4,
+    ),
+    grid_positions=4,
+    n_times=1,
+    vlm=replace(SPEC.vlm, d_model=128, n_layers=4, n_heads=4, d_mlp=256, d_vocab=128, n_positions=50, pad_token=0),
+    expert=replace(
+        SPEC.expert, d_model=128, n_layers=4, n_heads=4, d_mlp=256, n_positions=64, n_domains=1, n_prompts=4
+    ),
+    sampler=replace(SPEC.sampler, chunk=8, d_action=4, d_state=4, mode="auto", grippers=()),
+    n_views=2,
+    features=replace(
+        SPEC.features, cameras=("top", "wrist"), d_state=4, d_action=4, resize=(96, 96), n_action_steps=4,
+        max_text=16, tokenizer="tabletop",
+        normalization={"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"},
+    ),
+)  # fmt: skip

@@ -6,6 +6,7 @@ tabletop, and its features carry places to a fraction of a patch. It is the mode
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hooked_vla.components.resnet import FrozenBatchNorm
 from hooked_vla.inputs import Observation, StepInputs
 from hooked_vla.training.frames import OBJECTS, Frames
 from hooked_vla.vla import HookedVLA
@@ -87,15 +89,31 @@ def train_tower(
 ) -> Iterator[tuple[float, PlaceHead]]:
     """Train the model's tower in place on images and places; yields each step's loss, and the head that reads it."""
     tower, head = model.net.get_submodule("vision"), PlaceHead(model.net.d_features)
-    parameters = [*tower.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, peak_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_rate, n_steps, pct_start=0.05)
-    for _ in range(n_steps):
-        frames = next(batches)
-        loss = place_loss(head(see(model, frames.images)), torch.from_numpy(frames.places).flatten(0, 1))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        yield loss.item(), head
+    with thawed(tower):
+        parameters = [*tower.parameters(), *head.parameters()]
+        optimizer = torch.optim.AdamW(parameters, peak_rate, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_rate, n_steps, pct_start=0.05)
+        for _ in range(n_steps):
+            frames = next(batches)
+            loss = place_loss(head(see(model, frames.images)), torch.from_numpy(frames.places).flatten(0, 1))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            yield loss.item(), head
+
+
+@contextmanager
+def thawed(tower: nn.Module) -> Iterator[None]:
+    """For the block, frozen batch norms are batch norms that learn; afterwards they hold what these learned."""
+    frozen = {name: each for name, each in tower.named_modules() if isinstance(each, FrozenBatchNorm)}
+    for name, norm in frozen.items():
+        tower.set_submodule(name, nn.BatchNorm2d(len(norm.weight), norm.eps))
+    try:
+        yield
+    finally:
+        for name, norm in frozen.items():
+            learned = tower.get_submodule(name).state_dict()
+            norm.load_state_dict({key: learned[key] for key in norm.state_dict()})
+            tower.set_submodule(name, norm)

@@ -224,8 +224,11 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], ArrayLike]):
 
     def image(self, camera: str) -> UInt8[np.ndarray, "height width 3"]:
         """What a camera sees, whether or not it belongs to the observation."""
-        renderer = self._drawn(camera)
-        return renderer.render().copy()
+        image = self._drawn(camera).render().copy()
+        red, green, blue = image[..., 0], image[..., 1], image[..., 2]
+        # light falls on everything: nothing that is drawn is black
+        image[(red | green | blue) == 0] = scene.SKY
+        return image
 
     def object_mask(self, camera: str) -> Int32[np.ndarray, "height width"]:
         """What each pixel of a camera shows: index into `object_names`, or -1."""
