@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -19,9 +19,10 @@ _PACKAGES = ("torch", "mujoco", "gymnasium", "numpy", "transformers")
 
 
 def facts(
-    name: str, recipe: Recipe, model: HookedVLA, seed: int, rates: Mapping[str, Rate], evaluation_seed: int
-) -> dict[str, Any]:
-    """Everything that the card says, as data."""
+    name: str, recipe: Recipe, model: HookedVLA, seed: int, rates: Mapping[str, Rate], evaluation_seed: int,
+    curve: Sequence[Mapping[str, float]],
+) -> dict[str, Any]:  # fmt: skip
+    """Everything that the card says, as data. curve: success while training, a row a check; "step" and suites."""
     schedule, corrections = recipe.schedule, recipe.corrections
     return {
         "name": name,
@@ -37,6 +38,7 @@ def facts(
         "vision_tower": {"steps": recipe.tower_steps, "frozen": True},
         "imitation": asdict(schedule),
         "corrections": asdict(corrections),
+        "learning_curve": [dict(row) for row in curve],
         "success": {suite: rate.to_json() for suite, rate in rates.items()},
         "evaluation_seed": evaluation_seed,
         "versions": {"python": platform.python_version()} | {each: version(each) for each in _PACKAGES},
@@ -58,6 +60,18 @@ def _markdown(data: Mapping[str, Any]) -> str:
     demos, prompts, imitation = data["demonstrations"], data["prompts"], data["imitation"]
     shares = ", ".join(f"{share:.0%} {suite}" for suite, share in demos["suites"].items())
     corrections = data["corrections"]
+    checks = ", ".join(
+        f"{rate:.0%} of {suite} after {row['step'] * imitation['batch']:,.0f}"
+        for row in data["learning_curve"]
+        for suite, rate in row.items()
+        if suite != "step"
+    )
+    again = (
+        f"; then {corrections['rounds']} rounds of corrections (DAgger) with {corrections['moments']:,} moments and "
+        f"{corrections['steps']:,} steps each"
+        if corrections["rounds"]
+        else ""
+    )
     return f"""# {data["name"]}
 
 A small {data["family"]} ({data["parameters"]:,} parameters: the family's own code at a reduced size), trained by
@@ -80,8 +94,8 @@ On starts that were never trained on (seeds from {data["evaluation_seed"]}), wit
   {", ".join(map(str, demos["action_noise"]))} times the largest step; labels are what the expert would do undisturbed.
 - The vision tower was pretrained for {data["vision_tower"]["steps"]:,} steps on places of objects, then frozen.
 - Imitation: {imitation["steps"]:,} steps of {imitation["batch"]} moments with {imitation["n_draws"]} draws of noise
-  each, AdamW at {imitation["rate"]}; then {corrections["rounds"]} rounds of corrections (DAgger) with
-  {corrections["moments"]:,} moments and {corrections["steps"]:,} steps each.
+  each, AdamW at {imitation["rate"]}{again}.
+- Learning curve, on 24 episodes and in moments seen: {checks}.
 - Prompts: {prompts["paraphrased"]:.0%} paraphrased, {prompts["dropped"]:.0%} left empty.
 - Seed {data["seed"]}. Again: `hooked-vla train {data["name"]} --out DIR`.
 """

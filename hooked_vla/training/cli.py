@@ -21,15 +21,16 @@ def train(
     import torch
 
     from hooked_vla.training.card import facts, write_card
-    from hooked_vla.training.pipeline import EVALUATION_SEED, Workshop, evaluate, make_policy
+    from hooked_vla.training.pipeline import EVALUATION_SEED, Workshop, checks_while_training, evaluate, make_policy
     from hooked_vla.training.recipes import RECIPES
 
     if name not in RECIPES:
         raise typer.BadParameter(f"unknown policy {name!r}; policies: {list(RECIPES)}")
     torch.set_num_threads(threads)
     recipe = RECIPES[name]
-    model = make_policy(recipe, Workshop(out / "shared", out / name, workers, seed))
+    shop = Workshop(out / "shared", out / name, workers, seed)
+    model = make_policy(recipe, shop)
     rates = evaluate(model, recipe.evaluated, episodes, progress=True)
     folder = out / name / "checkpoint"
-    write_card(folder, facts(name, recipe, model, seed, rates, EVALUATION_SEED))
+    write_card(folder, facts(name, recipe, model, seed, rates, EVALUATION_SEED, checks_while_training(shop)))
     typer.echo(f"{name}: {', '.join(f'{suite} {rate.success_rate:.1%}' for suite, rate in rates.items())}; in {folder}")
