@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from hooked_vla.rollouts.records import write_file
@@ -34,7 +35,7 @@ def facts(
         "demonstrations": {
             "moments": recipe.moments, "suites": dict(recipe.suites), "action_noise": list(NOISES),
         },
-        "prompts": asdict(Prompting()),
+        "prompts": asdict(Prompting()) if model.spec.features.max_text else None,
         "vision_tower": {"steps": recipe.tower_steps, "frozen": True},
         "imitation": asdict(schedule),
         "corrections": asdict(corrections),
@@ -57,45 +58,59 @@ def _markdown(data: Mapping[str, Any]) -> str:
         f"| {rate['interval'][0]:.1%} to {rate['interval'][1]:.1%} |"
         for suite, rate in data["success"].items()
     ]
-    demos, prompts, imitation = data["demonstrations"], data["prompts"], data["imitation"]
+    about = [text for suite, text in _ABOUT.items() if suite in data["success"]]
+    intro = (
+        f"A small {data['family']} ({data['parameters']:,} parameters: the family's own code at a reduced size), "
+        f"trained by imitation to act on the tabletop. Cameras {', '.join(data['cameras'])} at 96 pixels; "
+        f"{data['n_action_steps']} actions of each chunk are executed."
+    )
+    starts = (
+        f"On starts that were never trained on (seeds from {data['evaluation_seed']}), with Wilson's 95 % intervals:"
+    )
+    parts = [f"# {data['name']}", _wrapped(intro), "## Success", _wrapped(starts)]
+    parts.append("\n".join(["| suite | episodes | success | interval |", "|---|---|---|---|", *rows]))
+    if about:
+        parts.append(_wrapped(" ".join(about)))
+    parts += ["## Training", "\n".join(_wrapped(f"- {line}", "  ") for line in _training(data))]
+    return "\n\n".join(parts) + "\n"
+
+
+_ABOUT = {
+    "shift": "`shift` puts blocks where no demonstration had them.",
+    "style": "In `style`, success is that the block arrives, however it went.",
+}
+
+
+def _training(data: Mapping[str, Any]) -> list[str]:
+    demos, imitation, corrections = data["demonstrations"], data["imitation"], data["corrections"]
     shares = ", ".join(f"{share:.0%} {suite}" for suite, share in demos["suites"].items())
-    corrections = data["corrections"]
-    checks = ", ".join(
+    noises = ", ".join(map(str, demos["action_noise"]))
+    checks = [
         f"{rate:.0%} of {suite} after {row['step'] * imitation['batch']:,.0f}"
         for row in data["learning_curve"]
         for suite, rate in row.items()
         if suite != "step"
-    )
-    again = (
-        f"; then {corrections['rounds']} rounds of corrections (DAgger) with {corrections['moments']:,} moments and "
-        f"{corrections['steps']:,} steps each"
-        if corrections["rounds"]
-        else ""
-    )
-    return f"""# {data["name"]}
+    ]
+    lines = [
+        f"{demos['moments']:,} recorded moments of the scripted expert ({shares}), its movements disturbed by noise of "
+        f"{noises} times the largest step; labels are what the expert would do undisturbed.",
+        f"The vision tower was pretrained for {data['vision_tower']['steps']:,} steps on places of objects, then "
+        "frozen.",
+        f"Imitation: {imitation['steps']:,} steps of {imitation['batch']} moments with {imitation['n_draws']} draws of "
+        f"noise each, AdamW at {imitation['rate']}.",
+    ]
+    if corrections["rounds"]:
+        lines.append(
+            f"{corrections['rounds']} rounds of corrections (DAgger) with {corrections['moments']:,} moments and "
+            f"{corrections['steps']:,} steps each."
+        )
+    if checks:
+        lines.append(f"Learning curve, on 24 episodes, by moments seen: {', '.join(checks)}.")
+    if data["prompts"]:
+        prompts = data["prompts"]
+        lines.append(f"Prompts: {prompts['paraphrased']:.0%} paraphrased, {prompts['dropped']:.0%} left empty.")
+    return [*lines, f"Seed {data['seed']}. Again: `hooked-vla train {data['name']} --out DIR`."]
 
-A small {data["family"]} ({data["parameters"]:,} parameters: the family's own code at a reduced size), trained by
-imitation to act on the tabletop. Cameras {", ".join(data["cameras"])} at 96 pixels; {data["n_action_steps"]} actions of
-each chunk are executed.
 
-## Success
-
-On starts that were never trained on (seeds from {data["evaluation_seed"]}), with Wilson's 95 % intervals:
-
-| suite | episodes | success | interval |
-|---|---|---|---|
-{chr(10).join(rows)}
-
-`shift` puts blocks where no demonstration had them. In `style`, success is that the block arrives, however it went.
-
-## Training
-
-- {demos["moments"]:,} recorded moments of the scripted expert ({shares}), its movements disturbed by noise of
-  {", ".join(map(str, demos["action_noise"]))} times the largest step; labels are what the expert would do undisturbed.
-- The vision tower was pretrained for {data["vision_tower"]["steps"]:,} steps on places of objects, then frozen.
-- Imitation: {imitation["steps"]:,} steps of {imitation["batch"]} moments with {imitation["n_draws"]} draws of noise
-  each, AdamW at {imitation["rate"]}{again}.
-- Learning curve, on 24 episodes and in moments seen: {checks}.
-- Prompts: {prompts["paraphrased"]:.0%} paraphrased, {prompts["dropped"]:.0%} left empty.
-- Seed {data["seed"]}. Again: `hooked-vla train {data["name"]} --out DIR`.
-"""
+def _wrapped(text: str, indent: str = "") -> str:
+    return fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
