@@ -96,8 +96,8 @@ def _training(data: Mapping[str, Any]) -> list[str]:
         f"{noises} times the largest step; labels are what the expert would do undisturbed.",
         f"The vision tower was pretrained for {data['vision_tower']['steps']:,} steps on places of objects, then "
         "frozen.",
-        f"Imitation: {imitation['steps']:,} steps of {imitation['batch']} moments with {imitation['n_draws']} draws of "
-        f"noise each, AdamW at {imitation['rate']}.",
+        f"Imitation: {imitation['steps']:,} steps of {imitation['batch']} moments, noise drawn {_times(imitation)} for "
+        f"each, AdamW at {imitation['rate']}.",
     ]
     if corrections["rounds"]:
         lines.append(
@@ -110,6 +110,10 @@ def _training(data: Mapping[str, Any]) -> list[str]:
         prompts = data["prompts"]
         lines.append(f"Prompts: {prompts['paraphrased']:.0%} paraphrased, {prompts['dropped']:.0%} left empty.")
     return [*lines, f"Seed {data['seed']}. Again: `hooked-vla train {data['name']} --out DIR`."]
+
+
+def _times(imitation: Mapping[str, Any]) -> str:
+    return "once" if imitation["n_draws"] == 1 else f"{imitation['n_draws']} times"
 
 
 def _wrapped(text: str, indent: str = "") -> str:
