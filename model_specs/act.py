@@ -193,5 +193,7 @@ TABLETOP = replace(
     chunk=8,
     features=replace(
         SPEC.features, cameras=("top", "wrist"), d_state=4, d_action=4, n_action_steps=4,
+        # pixels as they are: the tower learned them so
+        normalization={"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"},
     ),
 )  # fmt: skip
