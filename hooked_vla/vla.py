@@ -4,7 +4,8 @@ import json
 import logging
 import re
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from hooked_vla import lerobot, registry
 from hooked_vla.hooks.cache_file import write_safetensors
 from hooked_vla.hooks.model import HookedModel
 from hooked_vla.inputs import Actions, Draws, ModelInputs, Observation, Segments, StepInputs
+from hooked_vla.interventions import Compiled, Edits, EditSet
 from hooked_vla.models.network import Network, expand_ties
 from hooked_vla.part_files import save_part
 from hooked_vla.policy import Processor
@@ -59,6 +61,7 @@ class HookedVLA(HookedModel):
         self._part_files: dict[str, str] = {}
         self._queue: deque[Tensor] = deque()
         self._history: list[StepInputs] = []
+        self._compiled: Compiled | None = None
 
     @classmethod
     def from_spec(
@@ -203,19 +206,59 @@ class HookedVLA(HookedModel):
     def n_denoise_steps(self) -> int:
         return self.net.n_denoise_steps
 
+    # Edits, and compiled runs under them.
+
+    @contextmanager
+    def edits(self, edits: Edits | EditSet) -> Iterator[EditSet]:
+        """Edits for the block only, whatever ends it; in it, every entry point runs under them.
+
+        edits: in the order in which they act, or a list of them for each row of the batch, or an EditSet, which is what
+        the block gets: `set` changes strengths, sources, tokens and the like between forward passes.
+        Raises and warns as EditSet, before anything runs; at the end of the block, RuntimeError when the model ran and
+        an edit came upon no value.
+        """
+        edit_set = edits if isinstance(edits, EditSet) else EditSet(self, edits)
+        if edit_set.model is not self:
+            raise ValueError("this EditSet was made for another model")
+        with edit_set.attached():
+            yield edit_set
+
+    def compile(self, mode: str = "exact") -> Compiled:
+        """Run `sample_actions` compiled from now on, through every entry point, until the returned handle's `remove`.
+
+        mode: "exact": as eager has it, bit for bit on a CPU; through Inductor there, as a CUDA graph on a GPU. "fused":
+        Inductor fuses what it can: faster, other last bits.
+        What is attached by `edits` is compiled in; changing it by `EditSet.set`, or the environment step, compiles
+        nothing anew. While other hooks are attached, or gradients recorded, the model runs uncompiled.
+        Raises as Compiled; at the first run, what PyTorch raises for a model that cannot be compiled, such as one that
+        decides while it generates how many tokens it generates.
+        """
+        if self._compiled is not None:
+            self._compiled.remove()
+        self._compiled = Compiled(self, self._sample_plainly, mode, self._forget_compiled)
+        return self._compiled
+
+    def _forget_compiled(self) -> None:
+        self._compiled = None
+
     # The public policy's own entry points.
 
     def sample_actions(self, inputs: ModelInputs, noise: Any = None) -> Float[Tensor, "batch step d_padded"]:
         """The network alone: tensors in, normalised actions at the padded width out; this is what compiles."""
-        if not torch.compiler.is_compiling():
-            self._n_runs += 1
         outer = self.run_state.begin(lambda: self.segments(inputs))
         try:
+            if not torch.compiler.is_compiling():
+                self._begin(inputs)
             return self._sample(inputs, noise)
         finally:
             self.run_state.end(outer)
 
     def _sample(self, inputs: ModelInputs, noise: Any) -> Tensor:
+        if self._compiled is None or torch.compiler.is_compiling():
+            return self._sample_plainly(inputs, noise)
+        return self._compiled(inputs, noise)
+
+    def _sample_plainly(self, inputs: ModelInputs, noise: Any) -> Tensor:
         draws = Draws(noise, self.device)
         actions = self.net.sample_actions(inputs, draws, self.run_state)
         draws.check_used_up()
@@ -235,12 +278,12 @@ class HookedVLA(HookedModel):
         actions: normalised targets. valid: which steps count. noise: every draw in order, fresh where None.
         Raises ValueError for targets or draws of another shape, TypeError for a model that is not trained on actions.
         """
-        if not torch.compiler.is_compiling():
-            self._n_runs += 1
         actions = actions.to(self.device, torch.float32)
         valid = None if valid is None else valid.to(self.device)
         outer = self.run_state.begin(lambda: self.segments(inputs))
         try:
+            if not torch.compiler.is_compiling():
+                self._begin(inputs)
             draws = Draws(noise, self.device)
             losses = self.net.training_loss(inputs, actions, valid, draws, self.run_state, n_draws)
             draws.check_used_up()
@@ -250,14 +293,14 @@ class HookedVLA(HookedModel):
 
     @torch.no_grad()
     def predict_action_chunk(
-        self, batch: Batch, noise: Any = None, unnorm_key: str | None = None
+        self, batch: Batch, noise: Any = None, unnorm_key: str | None = None, edits: Edits | EditSet = ()
     ) -> Float[Tensor, "batch step d_action"]:
-        """A whole action chunk, for an Observation or the public policy's own batch.
+        """A whole action chunk, for an Observation or the public policy's own batch; edits: for this run.
 
         In the robot's units for raw observations; for a batch that already went through the checkpoint's
         preprocessor (it carries token ids) normalised, unless the public policy un-normalises those too.
         """
-        return self(batch, noise, unnorm_key).chunk
+        return self(batch, noise, unnorm_key, edits).chunk
 
     @torch.no_grad()
     def generate_action_tokens(
@@ -274,11 +317,11 @@ class HookedVLA(HookedModel):
 
     @torch.no_grad()
     def select_action(
-        self, batch: Batch, noise: Any = None, unnorm_key: str | None = None
+        self, batch: Batch, noise: Any = None, unnorm_key: str | None = None, edits: Edits | EditSet = ()
     ) -> Float[Tensor, "batch d_action"]:
         """The next action: from the queue, or from a new chunk of which n_action_steps are queued.
 
-        While actions are queued the model does not run, so hooks do not fire.
+        While actions are queued the model does not run, so hooks do not fire. edits: act where a new chunk is made.
         A policy that sees several observation steps remembers those of the calls since `reset`; the first one stands
         for those before it.
         Raises ValueError when the batch has another size than the queued actions.
@@ -296,7 +339,8 @@ class HookedVLA(HookedModel):
             self._history = self._history[-features.n_obs_steps :]
             inputs = inputs.follow(self._history[:-1])
         if not self._queue:
-            chunk = self._run(inputs, raw, noise, unnorm_key).chunk
+            with self._under(edits):
+                chunk = self._run(inputs, raw, noise, unnorm_key).chunk
             self._queue.extend(chunk[:, : features.n_action_steps].unbind(1))
         return self._queue.popleft()
 

@@ -214,3 +214,25 @@ TINY = replace(
         max_text=512, tokenizer="bytes", normalization={},
     ),
 )  # fmt: skip
+
+# a size that learns the tabletop on a CPU: 96-pixel cameras in 16 tokens each, one token a word, one embodiment
+TABLETOP = replace(
+    SPEC,
+    vision=replace(SPEC.vision, image_size=96, patch_size=24, d_model=128, n_layers=3, n_heads=4, d_mlp=384),
+    vision_pool=False,
+    vlm=replace(SPEC.vlm, d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, d_head=32, d_mlp=192, d_vocab=160),
+    # the last word, as packaging lays them out
+    image_token=159,
+    adapter=AdapterSpec(n_layers=2, n_heads=4, d_head=32, d_mlp=192, act="gelu_pytorch_tanh", eps=1e-5),
+    expert=replace(
+        SPEC.expert, schedule=("cross", "self") * 2, d_model=96, n_heads=4, d_head=24, d_mlp=192, d_out=96
+    ),
+    flow=replace(
+        SPEC.flow, chunk=8, d_action=4, d_state=4, n_embodiments=1, embodiment=0, d_hidden=96, n_future=4,
+        n_positions=16,
+    ),
+    features=replace(
+        SPEC.features, cameras=("top", "wrist"), d_state=4, d_action=4, resize=(96, 96), n_action_steps=4,
+        max_text=88, pad_text="max_length", tokenizer="tabletop",
+    ),
+)  # fmt: skip

@@ -244,3 +244,29 @@ TINY = replace(
         SPEC.features, cameras=("agent",), d_action=4, resize=(32, 32), max_text=128, tokenizer="bytes",
     ),
 )  # fmt: skip
+
+# a size that learns the tabletop on a CPU: 96-pixel cameras in 16 tokens each, one token a word. The published model
+# sees one camera; here it needs the wrist's too, which alone shows how high the cup is and what it holds: it reads no
+# state
+TABLETOP = replace(
+    SPEC,
+    towers={
+        "dino": replace(
+            SPEC.towers["dino"], image_size=96, patch_size=24, d_model=96, n_layers=4, n_heads=4, d_mlp=256,
+            n_prefix_tokens=3,
+        ),
+        "siglip": replace(
+            SPEC.towers["siglip"], image_size=96, patch_size=24, d_model=96, n_layers=4, n_heads=4, d_mlp=256,
+            attention_pool=False,
+        ),
+    },
+    connector=(256, 128),
+    vlm=replace(SPEC.vlm, d_model=128, n_layers=4, n_heads=4, n_kv_heads=4, d_head=32, d_mlp=256, d_vocab=512),
+    # the last words before the action tokens, as packaging lays them out
+    prompt=replace(SPEC.prompt, start=189, end=191, stop=190),
+    readout=replace(SPEC.readout, d_action=4),
+    features=replace(
+        SPEC.features, cameras=("top", "wrist"), d_action=4, resize=(96, 96), max_text=32, pad_text="max_length",
+        tokenizer="tabletop",
+    ),
+)  # fmt: skip

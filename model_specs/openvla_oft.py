@@ -5,6 +5,7 @@ from dataclasses import replace
 from hooked_vla.spec import CheckpointSpec
 
 from .openvla import SPEC as OPENVLA
+from .openvla import TABLETOP as TABLETOP_OPENVLA
 from .openvla import TINY as TINY_OPENVLA
 
 SPEC = replace(
@@ -37,4 +38,15 @@ TINY = replace(
     prompt=TINY_OPENVLA.prompt,
     readout=replace(SPEC.readout, d_action=4, d_state=4, d_hidden=32),
     features=replace(TINY_OPENVLA.features, cameras=("agent", "wrist"), d_state=4, n_action_steps=8),
+)
+
+# the same backbone, as small as learns the tabletop
+TABLETOP = replace(
+    SPEC,
+    towers=TABLETOP_OPENVLA.towers,
+    connector=TABLETOP_OPENVLA.connector,
+    vlm=TABLETOP_OPENVLA.vlm,
+    prompt=TABLETOP_OPENVLA.prompt,
+    readout=replace(SPEC.readout, d_action=4, d_state=4, d_hidden=64),
+    features=replace(TABLETOP_OPENVLA.features, d_state=4, n_action_steps=4),
 )

@@ -16,12 +16,14 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"spec", "inputs", "kernels", "lerobot", "part_files"},
     {"hooks", "components"},
+    {"sae.splice"},
+    {"interventions"},
     {"models"},
     {"policy"},
     {"processors"},
     {"registry", "weights", "part_files", "model_specs"},
     {"vla"},
-    {"describe", "interventions", "sae", "analysis"},
+    {"describe", "sae", "analysis"},
     {"rollouts"},
     {"training", "serving", "demo_goals", "demo_figures", "demo"},
     {"atlas", "cli"},
@@ -52,8 +54,9 @@ def imports(file: Path) -> set[str]:
 
 
 def layer_of(name: str) -> int | None:
-    part = name.split(".")[1]
-    return next((i for i, layer in enumerate(LAYERS) if part in layer), None)
+    """A module's own entry comes before its package's."""
+    parts = name.split(".")[1:3]
+    return next((i for part in (".".join(parts), parts[0]) for i, layer in enumerate(LAYERS) if part in layer), None)
 
 
 def test_every_module_has_a_layer_and_imports_go_one_way() -> None:

@@ -5,7 +5,7 @@ carry HookPoints, which are named by their path when the model is built.
 """
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,8 @@ class HookedModel(nn.Module):
         self.run_state = Run()
         self._points = _name_points(net, self.run_state)
         self._n_runs = 0
+        # told the inputs of every forward pass when it has begun and nothing has run
+        self.before_run: list[Callable[[ModelInputs], None]] = []
 
     # What a subclass says about itself.
 
@@ -106,15 +108,21 @@ class HookedModel(nn.Module):
         """How often the expert runs per action chunk."""
         raise NotImplementedError
 
+    def edits(self, edits: Any) -> AbstractContextManager[Any]:
+        """Declarative edits for a block."""
+        raise NotImplementedError
+
     # Running.
 
-    def forward(self, obs: Any, noise: Any = None, unnorm_key: str | None = None) -> Actions:
+    def forward(self, obs: Any, noise: Any = None, unnorm_key: str | None = None, edits: Any = ()) -> Actions:
         """One action chunk for an observation, gradients as the ambient grad mode says.
 
         noise: the starting noise [batch, chunk, d_action], or a list with every random draw in order; None draws.
-        unnorm_key: which statistics to normalise by, for checkpoints that have several sets.
+        unnorm_key: which statistics to normalise by, for checkpoints that have several sets. edits: for this run, as
+        the method `edits` takes them.
         """
-        return self._run(*self.prepare_raw(obs, unnorm_key), noise, unnorm_key)
+        with self._under(edits):
+            return self._run(*self.prepare_raw(obs, unnorm_key), noise, unnorm_key)
 
     def prepare(self, obs: Any, unnorm_key: str | None = None) -> ModelInputs:
         """Preprocess an observation or batch; inputs that are ready pass through."""
@@ -124,15 +132,29 @@ class HookedModel(nn.Module):
         with self.running(inputs):
             return self.act(inputs, noise, raw, unnorm_key)
 
+    def _under(self, edits: Any) -> AbstractContextManager[Any]:
+        return self.edits(edits) if len(edits) else nullcontext()
+
     @contextmanager
     def running(self, inputs: ModelInputs) -> Iterator[None]:
         """A forward pass on `inputs`: hooks know its token segments, and what surrounds it comes back afterwards."""
-        self._n_runs += 1
         outer = self.run_state.begin(lambda: self.segments(inputs))
         try:
+            self._begin(inputs)
             yield
         finally:
             self.run_state.end(outer)
+
+    def _begin(self, inputs: ModelInputs) -> None:
+        """Say to whoever wants to know that a forward pass begins, and count it unless they object."""
+        for tell in self.before_run:
+            tell(inputs)
+        self._n_runs += 1
+
+    @property
+    def n_runs(self) -> int:
+        """How many forward passes have begun."""
+        return self._n_runs
 
     @property
     def points(self) -> Mapping[str, HookPoint]:
@@ -223,13 +245,14 @@ class HookedModel(nn.Module):
         noise: Any = None,
         at_steps: Sequence[int] | None = None,
         unnorm_key: str | None = None,
+        edits: Any = (),
     ) -> Actions:
-        """One action chunk with hooks attached for this run only.
+        """One action chunk with hooks, and edits before them, attached for this run only.
 
         Backward hooks act on the graph of this run, so they also serve a `backward()` called afterwards; one at a
         point that no gradient reaches is never called.
         """
-        with self.hooks(fwd_hooks, bwd_hooks, at_steps):
+        with self._under(edits), self.hooks(fwd_hooks, bwd_hooks, at_steps):
             return self(obs, noise, unnorm_key)
 
     def run_with_cache(
@@ -246,12 +269,14 @@ class HookedModel(nn.Module):
         detect_inplace: bool = False,
         max_bytes: int | None = None,
         unnorm_key: str | None = None,
+        edits: Any = (),
     ) -> tuple[Actions | None, ActivationCache]:
         """One action chunk and the activations of the selected points.
 
-        Points see the values after other hooks. device, dtype: where and how to keep them. incl_bwd: also keep
-        gradients, of the sum of the chunk (True) or of the scalar that the function makes of the actions. stop_at:
-        name of the point after which the run ends (the actions are then None). at_steps: only these denoise steps.
+        Points see the values after other hooks, and after `edits`, which act in this run. device, dtype: where and how
+        to keep them. incl_bwd: also keep gradients, of the sum of the chunk (True) or of the scalar that the function
+        makes of the actions. stop_at: name of the point after which the run ends (the actions are then None). at_steps:
+        only these denoise steps.
         clone: keep copies, safe from hooks that edit in place; detect_inplace: raise when that happened.
         max_bytes: raise MemoryError beforehand if the cache would be larger.
         Cached tensors keep their autograd graph; run under `torch.no_grad()` if no gradients are wanted. Gradients
@@ -275,7 +300,7 @@ class HookedModel(nn.Module):
             attached.append(self._attach(stop_at, lambda _: _stop, CAPTURE, steps))
         actions, segments = None, SegmentTable(lambda: self.segments(inputs)).settle()
         try:
-            with self.running(inputs):
+            with self._under(edits), self.running(inputs):
                 actions = self.act(inputs, noise, raw, unnorm_key)
         except _Stop:
             pass

@@ -79,8 +79,9 @@ def read_spec(base: LanguageVLASpec, checkpoint: Any) -> LanguageVLASpec:
             d_state=readout.d_state,
             d_action=readout.d_action,
             resize=(side, side),
-            n_action_steps=readout.chunk,
+            n_action_steps=min(geometry.get("n_action_steps", readout.chunk), readout.chunk),
             max_text=config.get("llm_max_length", base.features.max_text),
+            pad_text=geometry.get("pad_text", base.features.pad_text),
             tokenizer=geometry.get("tokenizer", base.features.tokenizer),
         ),
     )

@@ -234,7 +234,10 @@ class GrootProcessor(Processor):
         return image
 
     def _chat(self, instructions: Sequence[str], n_cameras: int, n_tokens: int) -> tuple[Tensor, Tensor]:
-        """Token ids and mask of the conversation, padded on the left."""
+        """Token ids and mask of the conversation, padded on the left.
+
+        The model reads padding too: only where it is always padded to `max_text` do rows not depend on each other.
+        """
         tokenizer = self.tokenizer.load()
         rows = []
         for instruction in instructions:
@@ -245,11 +248,12 @@ class GrootProcessor(Processor):
         longest = max(len(ids) for ids in rows)
         if longest > self.features.max_text:
             raise ValueError(f"prompt of {longest} tokens, but the model takes {self.features.max_text}")
-        tokens = torch.full((len(rows), longest), tokenizer.pad_token_id or 0, dtype=torch.long)
+        length = self.features.max_text if self.features.pad_text == "max_length" else longest
+        tokens = torch.full((len(rows), length), tokenizer.pad_token_id or 0, dtype=torch.long)
         mask = torch.zeros_like(tokens)
         for row, ids in enumerate(rows):
-            tokens[row, longest - len(ids) :] = torch.tensor(ids)
-            mask[row, longest - len(ids) :] = 1
+            tokens[row, length - len(ids) :] = torch.tensor(ids)
+            mask[row, length - len(ids) :] = 1
         return tokens, mask
 
 

@@ -8,7 +8,7 @@ the robot's units. Crops, rotations and gripper conventions of an evaluation are
 import json
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,62 @@ INPUT_IDS, ATTENTION_MASK, PIXEL_VALUES, PROPRIO = "input_ids", "attention_mask"
 ACTION_TOKENS = "action_tokens"
 # keeps a range of one value from being divided by 0 (openvla-oft: experiments/robot/openvla_utils.py)
 _EPS = 1e-8
+# our name of a feature -> that of its statistics
+_NAMES = {lerobot.ACTION: "action", lerobot.OBS_STATE: "proprio"}
+
+
+@dataclass(frozen=True)
+class DatasetNormalizer(Normalizer):
+    """Values between two statistics of one data set go to -1..1, and what is beyond them to the ends; dimensions that
+    the statistics mask out are left as they are (openvla: prismatic/vla/datasets/rlds/utils/data_utils.py).
+
+    datasets: statistics by data set, then feature. bounds: names of the two. chosen: the data set, None for the only
+    one; where there is none, values pass unchanged.
+    """
+
+    datasets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    bounds: tuple[str, str] = ("q01", "q99")
+    chosen: str | None = None
+
+    def __call__(self, key: str, value: Tensor) -> Tensor:
+        if not (stats := self.stats(key)):
+            return value
+        low, high, mask = self._bounds(_NAMES[key], stats, value)
+        return torch.where(mask, (2 * (value - low) / (high - low + _EPS) - 1).clamp(-1, 1), value)
+
+    def inverse(self, key: str, value: Tensor) -> Tensor:
+        """Undo the normalisation."""
+        if not (stats := self.stats(key)):
+            return value
+        low, high, mask = self._bounds(_NAMES[key], stats, value)
+        return torch.where(mask, 0.5 * (value + 1) * (high - low) + low, value)
+
+    def stats(self, key: str) -> Mapping[str, Any]:
+        """The chosen data set's statistics of a feature; {} where it has none.
+
+        Raises ValueError where there are several data sets and none was chosen.
+        """
+        if self.chosen is None and len(self.datasets) > 1:
+            raise ValueError(f"this checkpoint has statistics of several datasets: pass unnorm_key=, one of "
+                             f"{sorted(self.datasets)}")  # fmt: skip
+        dataset = self.datasets[self.chosen or next(iter(self.datasets))] if self.datasets else {}
+        return dataset.get(_NAMES[key]) or {}
+
+    def _bounds(self, feature: str, stats: Mapping[str, Any], value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        missing = [name for name in self.bounds if name not in stats]
+        if missing:
+            raise ValueError(f"the statistics of {feature!r} lack {missing}; they have {sorted(stats)}")
+        low, high = (torch.as_tensor(stats[name], dtype=torch.float32) for name in self.bounds)
+        mask = torch.as_tensor(stats.get("mask", [True] * len(low)), dtype=torch.bool)
+        if len(low) != value.shape[-1]:
+            raise ValueError(f"statistics of {feature!r} have {len(low)} dimensions, the model {value.shape[-1]}")
+        return low.to(value.device), high.to(value.device), mask.to(value.device)
 
 
 class OpenVLAProcessor(Processor):
     """A batch of the public entry point, or an observation, to PromptedInputs; actions back to the robot's units."""
+
+    normalizer: DatasetNormalizer
 
     def __init__(
         self,
@@ -41,9 +93,9 @@ class OpenVLAProcessor(Processor):
         means: Sequence[Sequence[float]],
         stds: Sequence[Sequence[float]],
     ) -> None:
-        super().__init__(spec.features, Normalizer({}), tokenizer, spec.readout.d_state, spec.vlm.d_vocab or 0)
-        self.spec, self.statistics = spec, statistics
-        self.unnorm_key: str | None = None
+        normalizer = DatasetNormalizer({}, datasets=statistics, bounds=spec.readout.bounds)
+        super().__init__(spec.features, normalizer, tokenizer, spec.readout.d_state, spec.vlm.d_vocab or 0)
+        self.spec = spec
         self.mean, self.std = torch.tensor(means).flatten(), torch.tensor(stds).flatten()
 
     @classmethod
@@ -78,10 +130,10 @@ class OpenVLAProcessor(Processor):
 
         Raises ValueError naming the known datasets for any other.
         """
-        if unnorm_key not in self.statistics:
-            raise ValueError(f"unknown unnorm_key {unnorm_key!r}; known: {sorted(self.statistics)}")
+        if unnorm_key not in self.normalizer.datasets:
+            raise ValueError(f"unknown unnorm_key {unnorm_key!r}; known: {sorted(self.normalizer.datasets)}")
         chosen = copy(self)
-        chosen.unnorm_key = unnorm_key
+        chosen.normalizer = replace(self.normalizer, chosen=unnorm_key)
         return chosen
 
     def __call__(
@@ -93,7 +145,7 @@ class OpenVLAProcessor(Processor):
         """
         if isinstance(obs, ModelInputs):
             return obs, False
-        self._chosen()
+        self.normalizer.stats(lerobot.ACTION)
         if isinstance(obs, Observation):
             # a model that reads no state takes observations with any, or none
             obs = observation_batch(obs if self.d_state else replace(obs, state=torch.zeros(1, 0)))
@@ -118,28 +170,7 @@ class OpenVLAProcessor(Processor):
 
     def actions(self, padded: Float[Tensor, "batch step d_action"], raw: bool) -> tuple[Tensor, Tensor]:
         """In the robot's units where `raw`, and normalised. Dimensions that the statistics mask out are not scaled."""
-        stats = self._chosen().get("action")
-        if not raw or not stats:
-            return padded, padded
-        low, high, mask = self._bounds("action", stats, padded)
-        return torch.where(mask, 0.5 * (padded + 1) * (high - low) + low, padded), padded
-
-    def _chosen(self) -> Mapping[str, Any]:
-        """The dataset's statistics; {} for a model without any."""
-        if self.unnorm_key is None and len(self.statistics) > 1:
-            raise ValueError(f"this checkpoint has statistics of several datasets: pass unnorm_key=, one of "
-                             f"{sorted(self.statistics)}")  # fmt: skip
-        return self.statistics[self.unnorm_key or next(iter(self.statistics))] if self.statistics else {}
-
-    def _bounds(self, feature: str, stats: Mapping[str, Any], value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        missing = [name for name in self.spec.readout.bounds if name not in stats]
-        if missing:
-            raise ValueError(f"the statistics of {feature!r} lack {missing}; they have {sorted(stats)}")
-        low, high = (torch.as_tensor(stats[name], dtype=torch.float32) for name in self.spec.readout.bounds)
-        mask = torch.as_tensor(stats.get("mask", [True] * len(low)), dtype=torch.bool)
-        if len(low) != value.shape[-1]:
-            raise ValueError(f"statistics of {feature!r} have {len(low)} dimensions, the model {value.shape[-1]}")
-        return low.to(value.device), high.to(value.device), mask.to(value.device)
+        return (self.normalizer.inverse(lerobot.ACTION, padded) if raw else padded), padded
 
     def _proprio(self, obs: Mapping[str, Any], batch: int, raw: bool) -> Float[Tensor, "batch d_state"]:
         key = lerobot.OBS_STATE if raw else PROPRIO
@@ -150,11 +181,11 @@ class OpenVLAProcessor(Processor):
             raise ValueError(f"{key!r} must be [{batch}, {self.d_state}], got {list(state.shape)}")
         if not state.isfinite().all():
             raise ValueError(f"{key!r} has NaN or infinite values")
-        state, stats = state.reshape(batch, self.d_state), self._chosen().get("proprio")
-        if not raw or not stats:
+        state = state.reshape(batch, self.d_state)
+        if not raw or not self.normalizer.stats(lerobot.OBS_STATE):
             return state
-        low, high, mask = self._bounds("proprio", stats, state)
-        return torch.where(mask, 2 * (state - low) / (high - low + _EPS) - 1, state).clamp(-1, 1)
+        # of the state, what is not scaled is cut off too
+        return self.normalizer(lerobot.OBS_STATE, state).clamp(-1, 1)
 
     def _answer(self, obs: Mapping[str, Any], batch: int) -> Int[Tensor, "batch token"] | None:
         if ACTION_TOKENS not in obs:
@@ -196,9 +227,13 @@ class OpenVLAProcessor(Processor):
         return [row[seen].tolist() for row, seen in zip(ids, mask, strict=True)]
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch text"], Bool[Tensor, "batch text"]]:
-        longest = max(len(row) for row in rows)
-        tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
-        mask = torch.arange(longest) < torch.tensor([[len(row)] for row in rows])
+        longest, length = max(len(row) for row in rows), self.features.max_text
+        if self.features.pad_text != "max_length":
+            length = longest
+        elif longest > length:
+            raise ValueError(f"prompt of {longest} tokens, but the model takes {length}")
+        tokens = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
+        mask = torch.arange(length) < torch.tensor([[len(row)] for row in rows])
         return tokens, mask
 
     def _pixels(self, obs: Mapping[str, Any]) -> tuple[Tensor, Bool[Tensor, "batch camera"]]:

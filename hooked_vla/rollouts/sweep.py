@@ -104,7 +104,8 @@ def make_plan(
 
     Arguments as for `run_rollouts`. The model is loaded to be looked at, and let go again.
     Raises ValueError for no scenes, an unknown suite or task, arms that cannot be told apart, a model whose cameras,
-    state or action width are not the suite's, and numbers below 1; and what loading the model raises.
+    state or action width are not the suite's, a task that has no expert where that is to act, and numbers below 1; and
+    what loading the model raises.
     """
     return _plan(model, get_suite(suite) if isinstance(suite, str) else suite, scenes, arms, options, name)[0]
 
@@ -172,7 +173,9 @@ def _plan(
     name = name or _name(source)
     if source is None:
         loaded = None
-        ExpertActor(suite)
+        make_expert = ExpertActor(suite).make
+        for task in dict.fromkeys(scene.task for scene in scenes):
+            make_expert(task)
     else:
         if isinstance(source, ModelSource) and (spec := source.spec()) is not None:
             # before weights are made

@@ -84,4 +84,6 @@ class LanguageVLASpec(ModelSpec):
             "readout": {**asdict(self.readout), "bounds": list(self.readout.bounds)},
             "cameras": list(self.features.cameras),
             "tokenizer": self.features.tokenizer,
+            "pad_text": self.features.pad_text,
+            "n_action_steps": min(self.features.n_action_steps, self.readout.chunk),
         }

@@ -1,7 +1,7 @@
 """Words of the tabletop: a tokenizer of one token a word, and the ways in which an instruction may be said."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ SYNONYMS = {
     "pad": ("square", "mat"),
     "carry": ("bring",),
 }
+# a line break, a word, or a mark
+_TOKEN = r"\n|\w+(?:'\w+)*|[^\w\s]"
 _PLACED = re.compile(r"(?P<verb>\w+ the \w+ \w+) (?P<place>on(?:to)? the \w+ \w+)")
 # words that users and prompt batteries try, beside those of the tasks
 _MORE_WORDS = (
@@ -32,14 +34,35 @@ def vocabulary(extra: Iterable[str] = ()) -> list[str]:
     return list(dict.fromkeys(["<pad>", "<unk>", "\n", *sorted(set(said)), *extra]))
 
 
-def word_tokenizer(words: list[str]) -> Any:
-    """A Hugging Face tokenizer with one token for each of `words` and each line break; anything else is <unk>."""
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+def split(text: str) -> list[str]:
+    """The words of a text, as `word_tokenizer` tells them apart."""
+    return re.findall(_TOKEN, text.lower())
+
+
+def lay_out(words: Iterable[str], last: Sequence[str], size: int) -> list[str]:
+    """`size` words: those given, unused ones, and `last` at the very end, where a pretrained vocabulary has its own.
+
+    Raises ValueError where there are too many.
+    """
+    known = list(dict.fromkeys(words))
+    n_unused = size - len(known) - len(last)
+    if n_unused < 0:
+        raise ValueError(f"{len(known)} words and {len(last)} special ones do not fit a vocabulary of {size}")
+    return [*known, *(f"<unused {i}>" for i in range(n_unused)), *last]
+
+
+def word_tokenizer(words: Sequence[str], whole: Iterable[str] = ()) -> Any:
+    """A Hugging Face tokenizer with one token for each of `words` and each line break; anything else is <unk>.
+
+    whole: those of the words that are not to be split into words and marks, such as <|im_start|>.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|[\w']+|[^\w\s]"), "removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_TOKEN), "removed", invert=True)
+    tokenizer.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in whole])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
 
 

@@ -4,6 +4,7 @@ The read-out looks at the language model's residual stream, token by token; it m
 instruction meet early in training, and is thrown away afterwards.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_vla.hooks import HookPoint
-from hooked_vla.inputs import ModelInputs, image_segment
-from hooked_vla.training.tower import PlaceHead, place_loss
+from hooked_vla.inputs import LANGUAGE, ModelInputs, Segments, image_segment
+from hooked_vla.training.tower import PlaceHead, Seen, place_loss
 from hooked_vla.vla import HookedVLA
 
 GOALS = ("block", "pad")
@@ -20,12 +21,18 @@ GOALS = ("block", "pad")
 
 @dataclass(frozen=True)
 class Readout:
-    """Where the meant objects are read from: a hook point with shape [batch seq d], the tokens of one camera in it, in
-    rows from the top, and how much the error counts."""
+    """Where the meant objects are read from: a hook point with shape [batch seq d], the tokens of one camera in it, and
+    how much the error counts. The tokens stand in rows from the top; before them, there may be some for the whole
+    image.
+
+    prompt_grid: where image tokens come before the instruction and cannot see it, the last token of the prompt is read
+    instead, and says for every place of so many rows and columns what its image token would; 0: image tokens are read.
+    """
 
     site: str
     weight: float
     camera: str = "top"
+    prompt_grid: int = 0
 
 
 class Objective(nn.Module):
@@ -39,7 +46,8 @@ class Objective(nn.Module):
         if readout is not None:
             width = model.hook_points[readout.site].shape[-1]
             assert isinstance(width, int)
-            self.norm, self.read = nn.LayerNorm(width), PlaceHead(width, len(GOALS))
+            n_places = readout.prompt_grid**2 or 1
+            self.norm, self.read = nn.LayerNorm(width), PlaceHead(width, n_places * len(GOALS))
 
     def forward(
         self,
@@ -57,8 +65,28 @@ class Objective(nn.Module):
             return loss, loss.detach(), torch.zeros(())
         with model.hooks([(self.readout.site, look)]):
             loss = model.training_loss(inputs, actions, n_draws=self.n_draws).mean()
-        stream = self.readout.site.partition(".")[0]
-        # the camera's tokens have the same places in every row
-        tokens = model.segments(inputs)[stream].positions(image_segment(self.readout.camera))[0]
-        error = place_loss(self.read(self.norm(seen[0][:, tokens])), goals)
+        segments = model.segments(inputs)[self.readout.site.partition(".")[0]]
+        tokens = self._prompt_end(segments, seen[0]) if self.readout.prompt_grid else self._places(segments, seen[0])
+        error = place_loss(self._said(tokens), goals)
         return loss + self.readout.weight * error, loss.detach(), error.detach()
+
+    def _places(
+        self, segments: Segments, stream: Float[Tensor, "batch seq d_model"]
+    ) -> Float[Tensor, "batch place d_model"]:
+        """The camera's tokens, of which each row has as many."""
+        assert self.readout is not None
+        tokens = stream[segments.mask(image_segment(self.readout.camera))].unflatten(0, (len(stream), -1))
+        return tokens[:, -(math.isqrt(tokens.shape[1]) ** 2) :]
+
+    def _prompt_end(
+        self, segments: Segments, stream: Float[Tensor, "batch seq d_model"]
+    ) -> Float[Tensor, "batch 1 d_model"]:
+        """The last token of the instruction."""
+        said = segments.mask(LANGUAGE)
+        last = (said * torch.arange(said.shape[1], device=said.device)).argmax(1)
+        return stream[torch.arange(len(stream), device=last.device), last][:, None]
+
+    def _said(self, tokens: Float[Tensor, "batch token d_model"]) -> Seen:
+        """What the tokens say of every place."""
+        near, offsets = self.read(self.norm(tokens))
+        return near.reshape(len(near), -1, len(GOALS)), offsets.reshape(len(offsets), -1, len(GOALS), 2)

@@ -4,6 +4,7 @@ Every stage leaves files that the next one reads and that are not made again, so
 stopped.
 """
 
+import csv
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from hooked_vla.hooks.cache_file import write_safetensors
+from hooked_vla.registry import get_spec
 from hooked_vla.rollouts.settings import Options
 from hooked_vla.rollouts.summary import Rate
 from hooked_vla.rollouts.sweep import run_rollouts
@@ -80,14 +82,18 @@ def make_policy(recipe: Recipe, shop: Workshop) -> HookedVLA:
 
 def untrained(recipe: Recipe, shop: Workshop, data: Moments) -> HookedVLA:
     """Random weights in a checkpoint folder."""
-    words = vocabulary(recipe.words)
+    reads = get_spec(recipe.spec, "tabletop").features.max_text > 0
+    words = vocabulary(recipe.words) if reads else []
     values = {"observation.state": data.state, "action": data.chunk}
-    return new_checkpoint(recipe.spec, shop.own / "untrained", words, values, shop.seed)
+    model = new_checkpoint(recipe.spec, shop.own / "untrained", words, values, shop.seed)
+    for name, factor in recipe.scaled.items():
+        model.net.get_parameter(name).data.mul_(factor)
+    return model
 
 
 def demonstrations(recipe: Recipe, shop: Workshop) -> list[Path]:
     """Shards of the disturbed expert's moments; those of models with the same suites, cameras and chunk are shared."""
-    spec = HookedVLA.from_spec(recipe.spec, "tabletop").spec
+    spec = get_spec(recipe.spec, "tabletop")
     chunk = _chunk(spec)
     name = "-".join(["demonstrations", *recipe.suites, *spec.features.cameras, str(chunk)])
     folder = shop.shared / name
@@ -165,6 +171,12 @@ def learning_curve(recipe: Recipe) -> Callable[[HookedVLA], dict[str, float]]:
     return lambda model: {suite: evaluate(model, [suite], 24, EVALUATION_SEED + 5000)[suite].success_rate}
 
 
+def checks_while_training(shop: Workshop) -> list[dict[str, float]]:
+    """Rows of the learning curve of the imitation: "step", and success by suite."""
+    with (shop.own / "imitation" / "curve.csv").open(newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
 def _short(recipe: Recipe) -> Schedule:
     """The schedule of a round of corrections."""
     return replace(recipe.schedule, steps=recipe.corrections.steps, rate=recipe.schedule.rate / 2, warmup=50)
@@ -172,7 +184,7 @@ def _short(recipe: Recipe) -> Schedule:
 
 def _chunk(spec: Any) -> int:
     """Actions that the model predicts at once."""
-    for holder in (spec, getattr(spec, "flow", None)):
+    for holder in (spec, *(getattr(spec, part, None) for part in ("flow", "sampler", "readout"))):
         if (chunk := getattr(holder, "chunk", None)) is not None:
             return chunk
     raise TypeError(f"{spec.name}: its spec does not say how many actions a chunk has")

@@ -578,7 +578,8 @@ def test_unnorm_key_chooses_the_statistics(tmp_path: Path) -> None:
 def test_raw_observations_are_preprocessed_as_the_public_processor_does() -> None:
     model = tiny("openvla_oft")
     obs = observation(("agent", "wrist"))
-    model.processor.statistics = {"own": stats(-1.0, 3.0, 4, proprio={"q01": [-2.0] * 4, "q99": [2.0, 2.0, 2.0, -2.0]})}
+    known = {"own": stats(-1.0, 3.0, 4, proprio={"q01": [-2.0] * 4, "q99": [2.0, 2.0, 2.0, -2.0]})}
+    model.processor.normalizer = replace(model.processor.normalizer, datasets=known)
     inputs, raw = model.prepare_raw(obs)
     assert raw and inputs.images.shape == (2, 2, 6, 32, 32)
     text = "In: What action should the robot take to lift?\nOut:"

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from episodes import check_conventions, check_neighbours, expert_episode, require
+from recorded import check_closed_loop, check_demonstration
 
 require("gym_aloha", "aloha")
 
@@ -72,3 +73,11 @@ def test_expert_asked_late_says_so():
     env.step(np.zeros(14))
     with pytest.raises(RuntimeError, match="plans from an episode's start"):
         act(env)
+
+
+def test_policy_acts_in_closed_loop(tmp_path):
+    check_closed_loop(TRANSFER, "transfer_cube", tmp_path)
+
+
+def test_demonstration_is_recorded(tmp_path):
+    check_demonstration(TRANSFER, "transfer_cube", 3, tmp_path)

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -6,16 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from episodes import check_conventions, check_neighbours, expert_episode, require
+from recorded import check_closed_loop, check_demonstration
 
 require("libero", "libero")
 
 from hooked_vla.rollouts.libero import MAX_STEPS, SUITES, LiberoEnv  # noqa: E402
 from hooked_vla.rollouts.libero_files import ASSETS_REPO, ASSETS_VARIABLE, missing_files, package_folder  # noqa: E402
+from hooked_vla.rollouts.sweep import run_rollouts  # noqa: E402
 
 needs_assets = pytest.mark.skipif(
     not os.environ.get(ASSETS_VARIABLE), reason=f"{ASSETS_VARIABLE} does not name a folder of LIBERO's data files"
 )
 BOWL_ON_PLATE, SOUP = "put_the_bowl_on_the_plate", "pick_up_the_alphabet_soup_and_place_it_in_the_basket"
+BOWL_IN_THE_MIDDLE = "pick_up_the_black_bowl_from_table_center_and_place_it_on_the_plate"
 
 
 def test_suites_are_the_packages():
@@ -54,7 +58,7 @@ def test_files_that_lack_are_named(tmp_path, monkeypatch):
 
 
 @needs_assets
-def test_mesh_that_lacks_is_named(tmp_path, monkeypatch):
+def test_mesh_or_texture_that_lacks_is_named(tmp_path, monkeypatch):
     """Everything linked but one mesh, and then but one texture."""
     given = Path(os.environ[ASSETS_VARIABLE]).resolve()
     for file in (each for each in given.rglob("*") if each.is_file()):
@@ -62,12 +66,14 @@ def test_mesh_that_lacks_is_named(tmp_path, monkeypatch):
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(file)
     monkeypatch.setenv(ASSETS_VARIABLE, str(tmp_path))
-    mesh = next((tmp_path / "stable_hope_objects" / "cream_cheese").rglob("*.msh"), None) or next(
-        (tmp_path / "stable_hope_objects" / "cream_cheese").rglob("*.obj")
+    mesh = next(
+        file for kind in ("*.msh", "*.obj") for file in (tmp_path / "stable_hope_objects" / "cream_cheese").rglob(kind)
     )
-    mesh.unlink()
-    with pytest.raises(FileNotFoundError, match=mesh.name):
-        SUITES["libero_goal"].make(BOWL_ON_PLATE, (), 32)
+    for lacking in (mesh, tmp_path / "textures" / "martin_novak_wood_table.png"):
+        away = lacking.rename(tmp_path / "away")
+        with pytest.raises(FileNotFoundError, match=rf"lack .*{re.escape(lacking.name)}.*{BOWL_ON_PLATE}"):
+            SUITES["libero_goal"].make(BOWL_ON_PLATE, (), 32)
+        away.rename(lacking)
 
 
 @needs_assets
@@ -135,21 +141,37 @@ def test_numpys_generator_is_left_alone():
 
 @needs_assets
 @pytest.mark.parametrize(
-    ("suite", "task"),
+    ("suite", "task", "seed"),
     [
-        ("libero_goal", BOWL_ON_PLATE),
-        ("libero_object", SOUP),
-        ("libero_spatial", "pick_up_the_black_bowl_from_table_center_and_place_it_on_the_plate"),
+        ("libero_goal", BOWL_ON_PLATE, 0),
+        ("libero_goal", "put_the_wine_bottle_on_the_rack", 0),
+        ("libero_object", SOUP, 0),
+        # a can stands where the palm would come down
+        ("libero_object", "pick_up_the_cream_cheese_and_place_it_in_the_basket", 21),
+        ("libero_spatial", BOWL_IN_THE_MIDDLE, 0),
     ],
 )
-def test_expert_solves(suite, task):
-    solved, n_steps = expert_episode(SUITES[suite], task, seed=0)
+def test_expert_solves(suite, task, seed):
+    solved, n_steps = expert_episode(SUITES[suite], task, seed)
     assert solved and n_steps < MAX_STEPS[suite]
 
 
-@needs_assets
-def test_task_without_an_expert_is_named():
+def test_task_without_an_expert_is_named(tmp_path):
+    """Before anything is made or written."""
     expert = SUITES["libero_goal"].expert
     assert expert is not None
     with pytest.raises(ValueError, match=r"no scripted expert for 'turn_on_the_stove'.*put_the_bowl_on_the_plate"):
         expert("turn_on_the_stove")
+    with pytest.raises(ValueError, match="no scripted expert for 'open_the_middle_drawer_of_the_cabinet'"):
+        run_rollouts("expert", SUITES["libero_goal"], 10, 0, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@needs_assets
+def test_policy_acts_in_closed_loop(tmp_path):
+    check_closed_loop(SUITES["libero_goal"], BOWL_ON_PLATE, tmp_path)
+
+
+@needs_assets
+def test_demonstration_is_recorded(tmp_path):
+    check_demonstration(SUITES["libero_spatial"], BOWL_IN_THE_MIDDLE, 3, tmp_path)

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from episodes import check_conventions, check_neighbours, expert_episode, require
+from recorded import check_closed_loop, check_demonstration
 
 require("metaworld", "metaworld")
 
@@ -63,3 +64,11 @@ def test_unknown_task_is_named():
     assert SUITE.expert is not None
     with pytest.raises(ValueError, match="unknown task 'juggle'"):
         SUITE.expert("juggle")
+
+
+def test_policy_acts_in_closed_loop(tmp_path):
+    check_closed_loop(SUITE, "pick-place", tmp_path)
+
+
+def test_demonstration_is_recorded(tmp_path):
+    check_demonstration(SUITE, "button-press", 3, tmp_path)

@@ -1,11 +1,14 @@
 import numpy as np
+import pytest
 from episodes import check_conventions, check_neighbours, require
+from recorded import check_closed_loop
 
 require("gym_pusht", "pusht")
 
 from gym_pusht.envs.pusht import PushTEnv as GymPushT  # noqa: E402
 
 from hooked_vla.rollouts.pusht import SUITES  # noqa: E402
+from hooked_vla.rollouts.sweep import run_rollouts  # noqa: E402
 
 SUITE = SUITES["pusht"]
 
@@ -41,3 +44,13 @@ def test_covering_the_outline_solves_it():
     simulator.block.position = simulator.goal_pose[:2].tolist()
     _, reward, terminated, _, info = env.step([20, 20])
     assert (reward, terminated, info["is_success"]) == (1.0, True, True)
+
+
+def test_policy_acts_in_closed_loop(tmp_path):
+    check_closed_loop(SUITE, "pusht", tmp_path)
+
+
+def test_there_is_no_expert():
+    assert SUITE.expert is None
+    with pytest.raises(ValueError, match="the suite 'pusht' has no scripted expert"):
+        run_rollouts("expert", SUITE, 1, 0)

@@ -12,7 +12,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, Int
 from libero.libero.benchmark import task_maps
 
 from hooked_vla.rollouts.adapter import Expert, adapter_env
@@ -27,6 +27,8 @@ _BOWL_WALL, _BOWL_GRIP = 0.047, 0.032
 # how far the fingers reach over what is between them before the palm touches it, metres
 _REACH = 0.032
 _HOVER, _LIFT, _CLEAR = 0.12, 0.22, 0.16
+# the palm passes what stands beside an object at this distance, and the fingers stay this share of its half on it
+_MARGIN, _ON_IT = 0.005, 0.7
 # over where things are put: a bowl's origin, and the gripper with anything else, metres
 _BOWL_DROP, _DROP = 0.03, 0.10
 
@@ -38,6 +40,14 @@ class PickAndPlace:
         self.env = env
         _, self.object, self.place = env.simulator.parsed_problem["goal_state"][0]
         self.is_bowl = "bowl" in self.object
+        model = env.simulator.sim.model._model
+        roots = model.body_rootid[model.geom_bodyid]
+        self.geoms = {
+            name: np.flatnonzero((roots == model.body_rootid[body]) & (model.geom_contype != 0))
+            for name, body in env.simulator.obj_body_id.items()
+        }
+        # the gripper is never turned
+        self.palm = self._box(np.array([model.geom("gripper0_hand_collision").id])) - self.hand
         self.phases: list[Callable[[], tuple[Vector, float, bool]]] = [
             self._over, self._down, self._grip, self._lift, self._carry, self._lower, self._release, self._leave,
         ]  # fmt: skip
@@ -69,19 +79,30 @@ class PickAndPlace:
         at = self.position(self.object)
         if self.is_bowl:
             return at + [0, _BOWL_WALL, _BOWL_GRIP]
-        return np.array([*at[:2], max(at[2], self._top() - _REACH)])
+        box = self._box(self.geoms[self.object])
+        grip = np.array([*at[:2], max(at[2], box[1, 2] - _REACH)])
+        return grip + [self._aside(grip, box), 0, 0]
 
-    def _top(self) -> float:
-        """Height of the highest point of what collides of the object."""
-        simulator = self.env.simulator
-        model, data = simulator.sim.model._model, simulator.sim.data._data
-        root = model.body_rootid[simulator.obj_body_id[self.object]]
-        tops = []
-        for geom in range(model.ngeom):
-            if model.body_rootid[model.geom_bodyid[geom]] == root and model.geom_contype[geom]:
-                up, box = data.geom_xmat[geom].reshape(3, 3)[2], model.geom_aabb[geom]
-                tops.append(data.geom_xpos[geom, 2] + up @ box[:3] + np.abs(up) @ box[3:])
-        return float(max(tops))
+    def _box(self, geoms: Int[np.ndarray, " geom"]) -> Float64[np.ndarray, "2 3"]:
+        """The lowest and the highest x, y and z of geoms."""
+        model, data = self.env.simulator.sim.model._model, self.env.simulator.sim.data._data
+        turns, boxes = data.geom_xmat[geoms].reshape(-1, 3, 3), model.geom_aabb[geoms]
+        middles = data.geom_xpos[geoms] + np.einsum("gij,gj->gi", turns, boxes[:, :3])
+        halves = np.einsum("gij,gj->gi", np.abs(turns), boxes[:, 3:])
+        return np.stack([(middles - halves).min(axis=0), (middles + halves).max(axis=0)])
+
+    def _aside(self, grip: Vector, box: Float64[np.ndarray, "2 3"]) -> float:
+        """How far along x, across the fingers' way, to grip off the middle: so that the palm passes a neighbour."""
+        low, high = self.palm + grip
+        for name, geoms in self.geoms.items():
+            if name == self.object:
+                continue
+            near, far = self._box(geoms)
+            if (near[:2] - _MARGIN < high[:2]).all() and (far + _MARGIN > low).all():
+                ways = near[0] - _MARGIN - high[0], far[0] + _MARGIN - low[0]
+                most = _ON_IT * (box[1, 0] - box[0, 0]) / 2
+                return float(np.clip(min(ways, key=abs), -most, most))
+        return 0.0
 
     def _over(self) -> tuple[Vector, float, bool]:
         target = self.grip + [0, 0, _HOVER]
@@ -117,14 +138,16 @@ class PickAndPlace:
         return self.hand + [0, 0, 0.1], OPEN, False
 
 
-# tasks that are one thing put on, or in, another, and that this solves. Bottles slip, a bowl in a drawer leaves no room
-# for the fingers, and drawers and knobs want other plans
+# tasks that are one thing put on, or in, another, and that this solves: a bowl in a drawer leaves no room for the
+# fingers, and drawers and knobs want other plans
 _EXPERT_TASKS = {
     "libero_goal": (
         "put_the_bowl_on_the_stove",
         "put_the_bowl_on_top_of_the_cabinet",
         "put_the_cream_cheese_in_the_bowl",
         "put_the_bowl_on_the_plate",
+        "put_the_wine_bottle_on_the_rack",
+        "put_the_wine_bottle_on_top_of_the_cabinet",
     ),
     "libero_object": tuple(task_maps["libero_object"]),
     "libero_spatial": tuple(task for task in task_maps["libero_spatial"] if "drawer" not in task),

@@ -1,0 +1,273 @@
+"""What the kernels gain: ours against the eager idiom of other libraries, and how far from what the machine could do.
+
+Nothing is timed whose tests are red, nor whose result at the very shape differs from float64.
+"""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+from xml.etree import ElementTree
+
+import gpu_clock
+import torch
+import typer
+from harness import RESULTS, ROOT, Row, check_targets, clock, compare, in_turns, machine, report, write_json
+from op_cases import CASES, Case, Inputs, Shape, chunk, first_tokens, in_float64, widths
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from hooked_vla.kernels import use
+
+TESTS = ROOT / "tests" / "kernels"
+sys.path.append(str(TESTS))
+from bounds import OUTPUT  # noqa: E402  # pyright: ignore[reportMissingImports]
+
+OURS, EAGER, REFERENCE, COMPILED = "ours", "eager idiom", "reference", "eager idiom, torch.compile"
+# tests of other things than the numbers of a forward pass; left out by --quick, which takes under a minute
+NOT_NUMBERS = ("compile", "torch_op", "differences", "gradients", "says")
+# tokens that are computed in float64 as well
+CHECKED = 8
+# the eager idiom's operations at one call, beyond which a shape is left to GPUs
+MOST_CPU_OPERATIONS = 80e9
+ROUNDS = {"cpu": 7, "cuda": 30}
+QUICK_ROUNDS = 3
+TARGET_SHAPE = {"n": 256, "d": 1024, "m": 32768}
+# ours / eager idiom, on a CPU at the target's shape; on a GPU a top-k splice at any
+CPU_LIMITS = {"delta_splice": 1 / 100, "sae_splice": 1 / 2.5, "lowrank_edit": 1 / 4}
+GPU_LIMITS = {"sae_splice": 1 / 4}
+
+
+def green(ops: Sequence[str], quick: bool, folder: Path = TESTS) -> dict[str, str]:
+    """Op -> what is wrong with its tests, for those that are red or have none; runs them in a process of their own."""
+    missing = {op: f"no {folder.name}/test_{op}.py" for op in ops if not (folder / f"test_{op}.py").is_file()}
+    files = [str(folder / f"test_{op}.py") for op in ops if op not in missing]
+    if not files:
+        return missing
+    with tempfile.TemporaryDirectory() as temporary:
+        verdicts = Path(temporary) / "tests.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", f"--junit-xml={verdicts}", "-p", "no:cacheprovider"]
+        if quick:
+            command += ["-k", " and ".join(f"not {each}" for each in NOT_NUMBERS)]
+        done = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True)
+        if not verdicts.is_file():
+            return missing | dict.fromkeys(ops, done.stdout[-2000:] + done.stderr[-2000:])
+        cases = list(ElementTree.parse(verdicts).iter("testcase"))
+    wrong = dict(missing)
+    for op in ops:
+        own = [case for case in cases if case.get("classname", "").endswith(f"test_{op}")]
+        red = [
+            case.get("name", "") for case in own if case.find("failure") is not None or case.find("error") is not None
+        ]
+        if red:
+            wrong[op] = f"{len(red)} of {len(own)} tests fail, {red[0]} first"
+        elif not own and op not in wrong:
+            wrong[op] = "none of its tests ran"
+    return wrong
+
+
+def shapes(op: str, device: str, quick: bool) -> Iterator[Shape]:
+    """What is timed: the target's shape, and the streams of real models."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    rank, n_edited, active = 64, 16, 64
+    target = Shape(**TARGET_SHAPE, k=active, S=n_edited, dtype=dtype, device=device)
+    small = widths()["smolvla expert"]
+    small_shape = Shape(chunk(), small, 8 * small, active, n_edited, dtype, device)
+    if quick:
+        yield small_shape
+        if op in CPU_LIMITS:
+            yield target
+        return
+    yield target
+    for d in widths().values():
+        for n in (1, chunk(), 256, 1024):
+            for expansion in (8, 32):
+                shape = Shape(n, d, expansion * d, active, n_edited, dtype, device)
+                if device != "cpu" or 6 * n * d * shape.m <= MOST_CPU_OPERATIONS:
+                    yield replace(shape, k=rank) if op == "lowrank_edit" else shape
+
+
+def _tensors(result: Tensor | tuple[Tensor | None, ...]) -> list[Tensor]:
+    return [each for each in (result if isinstance(result, tuple) else (result,)) if each is not None]
+
+
+def error_of(actual: Tensor, exact: Tensor) -> float:
+    """The longest difference of two rows over the length of the longest row; NaN counts as infinite.
+
+    Not over its own length: a row may be short because its terms cancel, as a gradient's do.
+    """
+    actual, exact = (each.double().reshape(-1, each.shape[-1]) for each in (actual, exact))
+    longest = exact.norm(dim=1).max().clamp_min(torch.finfo(torch.float64).tiny)
+    return float(((actual - exact).norm(dim=1).max() / longest).nan_to_num(nan=torch.inf))
+
+
+def check(case: Case, shape: Shape, inputs: Inputs) -> float:
+    """The worst error for the first tokens against the reference in float64.
+
+    Raises ValueError when it is more than the bound of its dtype, or two runs differ.
+    """
+    few = first_tokens(inputs, CHECKED)
+    with use("reference"):
+        exact = _tensors(case.ours(in_float64(few)))
+    first, second = _tensors(case.ours(few)), _tensors(case.ours(few))
+    worst = 0.0
+    for mine, again, right in zip(first, second, exact, strict=True):
+        if not torch.equal(mine, again):
+            raise ValueError(f"{case.op} at {shape}: two runs differ; not timed")
+        error = error_of(mine, right)
+        if error > OUTPUT[mine.dtype]:
+            raise ValueError(f"{case.op} at {shape}: off by {error:.1e} of a row; not timed")
+        worst = max(worst, error)
+    return worst
+
+
+def _in_reference(call: Callable[[Inputs], Any]) -> Callable[[Inputs], Any]:
+    def run(inputs: Inputs) -> Any:
+        with use("reference"):
+            return call(inputs)
+
+    return run
+
+
+def time_case(case: Case, shape: Shape, rounds: int, quick: bool) -> tuple[list[Row], float]:
+    """Rows of every variant against the eager idiom, and the error that was found before."""
+    generator = torch.Generator(shape.device).manual_seed(0)
+    inputs = case.make(shape, generator)
+    error = check(case, shape, inputs)
+    variants: dict[str, Callable[[Inputs], Any]] = {EAGER: case.eager, OURS: case.ours}
+    if not quick:
+        torch._dynamo.reset()
+        variants |= {REFERENCE: _in_reference(case.ours), COMPILED: torch.compile(case.eager, dynamic=False)}
+    label = f"{case.op} {shape}"
+    with torch.no_grad():
+        if shape.device == "cpu":
+            calls = {name: lambda run=run: run(inputs) for name, run in variants.items()}
+            times = in_turns(calls, rounds, 1, label)
+        else:
+            size = sum(each.numel() * each.element_size() for each in inputs.values() if isinstance(each, Tensor))
+            sets = [inputs, *(case.make(shape, generator) for _ in range(gpu_clock.sets_needed(size) - 1))]
+            several = {name: [lambda run=run, i=i: run(i) for i in sets] for name, run in variants.items()}
+            times = gpu_clock.in_turns(several, rounds, label)
+    return compare(times, label, [EAGER]), error
+
+
+def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """(bytes per second of a large copy, read and written; operations per second of a large matrix product)."""
+    side, n_bytes = (2048, 128_000_000) if device == "cpu" else (8192, 2_000_000_000)
+    source = torch.ones(n_bytes // 4, device=device)
+    a, b = torch.randn(2, side, side, device=device).to(dtype)
+    target, product = torch.empty_like(source), torch.empty_like(a)
+    calls = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=product)}
+    if device == "cpu":
+        times = in_turns(calls, 3, 1, "ceilings")
+    else:
+        times = gpu_clock.in_turns({name: [call] for name, call in calls.items()}, 10, "ceilings")
+    return 2 * n_bytes / median(times["copy"]), 2 * side**3 / median(times["product"])
+
+
+def floor_seconds(case: Case, shape: Shape, bytes_rate: float, operations_rate: float) -> float:
+    """What no way of computing it can beat on this machine."""
+    elements, operations = case.cost(shape)
+    return max(elements * shape.dtype.itemsize / bytes_rate, operations / operations_rate)
+
+
+def entry(case: Case, shape: Shape, ours: Row, floor: float) -> dict[str, Any]:
+    """One line of the list that --json writes. ratio: how many times faster; floor_ratio: time over the floor."""
+    return {
+        "op": case.op,
+        "n": shape.n,
+        "d": shape.d,
+        "m": None if case.op == "lowrank_edit" else shape.m,
+        "k": shape.k,
+        "dtype": str(shape.dtype).removeprefix("torch."),
+        "device": shape.device,
+        "baseline": ours.baseline,
+        "ratio": round(1 / ours.ratio, 3),
+        "floor_ratio": round(ours.ms / 1e3 / floor, 3),
+    }
+
+
+def show(console: Console, entries: Sequence[dict[str, Any]], rows: Sequence[Row], met: dict[str, bool]) -> None:
+    table = Table("op", "n", "d", "m", "k", "dtype", "eager ms", "ours ms", "× faster", "× floor", "target")
+    ours = [row for row in rows if row.variant == OURS]
+    for each, row in zip(entries, ours, strict=True):
+        shape = (str(each[name]) for name in ("n", "d", "m", "k", "dtype"))
+        verdict = {True: "[green]met[/green]", False: "[red]missed[/red]", None: ""}[met.get(row.size)]
+        numbers = (f"{row.baseline_ms:.3f}", f"{row.ms:.3f}", f"{each['ratio']:.1f}", f"{each['floor_ratio']:.1f}")
+        table.add_row(each["op"], *shape, *numbers, verdict)
+    console.print(table)
+
+
+def limits(cases: Sequence[tuple[Case, Shape]]) -> dict[tuple[str, str], float]:
+    """(label, variant) -> the largest ratio to the eager idiom that meets a target."""
+    found = {}
+    for case, shape in cases:
+        at_target = all(getattr(shape, name) == value for name, value in TARGET_SHAPE.items())
+        limit = GPU_LIMITS.get(case.op) if shape.device != "cpu" else CPU_LIMITS.get(case.op) if at_target else None
+        if limit is not None:
+            found[(f"{case.op} {shape}", OURS)] = limit
+    return found
+
+
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="few shapes, in under a minute")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="where the list of ratios goes")] = None,
+    report_file: Annotated[Path | None, typer.Option("--report", help="where everything measured goes")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    ops: Annotated[list[str] | None, typer.Option("--op", help="only these; may be given several times")] = None,
+    threads: Annotated[int, typer.Option(help="of torch")] = 1,
+    rounds: Annotated[int | None, typer.Option(help="in place of the device's own number")] = None,
+) -> None:
+    """Time the kernels, once their tests are green."""
+    known = [case.op for case in CASES]
+    if unknown := sorted(set(ops or ()) - set(known)):
+        raise typer.BadParameter(f"op {unknown[0]!r} is unknown; there are {', '.join(known)}")
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise typer.BadParameter(f"device {device!r}: must be cpu, or cuda where there is one")
+    torch.set_num_threads(threads)
+    console = Console()
+    chosen = [case for case in CASES if case.op in (ops or known)]
+    if wrong := green([case.op for case in chosen], quick):
+        for op, why in wrong.items():
+            console.print(f"[red]{op}[/red]: {why}; no speeds are told", soft_wrap=True)
+        raise typer.Exit(1)
+
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    rates = ceilings(device, dtype)
+    count = rounds or (QUICK_ROUNDS if quick else ROUNDS[device])
+    entries, rows, errors, timed = [], [], {}, []
+    for case in chosen:
+        for shape in shapes(case.op, device, quick):
+            found, error = time_case(case, shape, count, quick)
+            ours = next(row for row in found if row.variant == OURS)
+            rows += found
+            errors[ours.size] = error
+            timed.append((case, shape))
+            entries.append(entry(case, shape, ours, floor_seconds(case, shape, *rates)))
+    targets = check_targets(rows, limits(timed))
+    show(console, entries, rows, {target.size: target.met for target in targets})
+    about = {
+        "machine": machine(threads) | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}),
+        "rounds": count,
+        "clock": clock()[0] if device == "cpu" else "events around graph replays",
+        "copy_gb_per_s": round(rates[0] / 1e9, 1),
+        "product_tflop_per_s": round(rates[1] / 1e12, 2),
+        "errors_against_float64": errors,
+        "entries": entries,
+    }
+    if report_file is not None or not quick:
+        where = report_file or RESULTS / f"bench_ops_{device}.json"
+        write_json(where, report(rows, targets, about))
+        console.print(f"written: {where}")
+    if json_file is not None:
+        write_json(json_file, entries)
+        console.print(f"written: {json_file}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

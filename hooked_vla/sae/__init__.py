@@ -1,0 +1,1 @@
+"""Sparse autoencoders; what edits need of one is in `splice`."""

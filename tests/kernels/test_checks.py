@@ -1,0 +1,97 @@
+"""Every message names the op, the argument, what was expected and what came."""
+
+import pytest
+import torch
+from bounds import plain_calls
+
+from hooked_vla.kernels.checks import check_all_finite, check_finite, check_matrix, check_range, check_same, validates
+
+X = torch.zeros(3, 4)
+
+
+@plain_calls()
+def test_a_fitting_tensor_passes() -> None:
+    check_matrix("op", "x", X, (3, None), torch.float32, torch.device("cpu"))
+    check_matrix("op", "x", X, (None, 4), (torch.bfloat16, torch.float32))
+    check_matrix("op", "x", X.T, (4, 3), contiguous=False)
+    check_matrix("op", "x", torch.zeros(0, 4), (0, 4))
+    check_same("op", "base", X, X)
+    check_range("op", "row", torch.tensor([0, 2]), 3)
+    check_range("op", "row", torch.tensor([], dtype=torch.int32), 0)
+    check_range("op", "segment", torch.tensor([-1, 2]), 3, lower=-1)
+
+
+@plain_calls()
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: check_matrix("op", "w", X, (3, 5)), ValueError, r"op: w must have shape \[3, 5\], got \[3, 4\]"),
+        (lambda: check_matrix("op", "w", X, (None,)), ValueError, r"op: w must have shape \[\*\], got \[3, 4\]"),
+        (lambda: check_matrix("op", "w", None, (3,)), TypeError, r"op: w must be a tensor, got NoneType"),
+        (
+            lambda: check_matrix("op", "w", X, (3, 4), (torch.bfloat16, torch.float16)),
+            TypeError,
+            r"op: w must be bfloat16 or float16, got float32",
+        ),
+        (
+            lambda: check_matrix("op", "w", X, (3, 4), device=torch.device("meta")),
+            ValueError,
+            r"op: w must be on meta, got cpu",
+        ),
+        (
+            lambda: check_matrix("op", "w", X.T, (4, 3)),
+            ValueError,
+            r"op: w must be contiguous, got shape \[4, 3\] with strides \(1, 4\)",
+        ),
+        (lambda: check_same("op", "w", X.half(), X), TypeError, r"op: w must be float32, got float16"),
+        (lambda: check_same("op", "w", X.to("meta"), X), ValueError, r"op: w must be on cpu as x is, got meta"),
+        (lambda: check_range("op", "row", torch.tensor([0, 3]), 3), ValueError, r"op: row .* \[0, 3\), got 3"),
+        (lambda: check_range("op", "row", torch.tensor([-2, 1]), 3, -1), ValueError, r"\[-1, 3\), got -2"),
+    ],
+)
+def test_an_unfitting_one_is_named(call, error, message) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+@plain_calls()
+def test_values_that_are_not_finite() -> None:
+    bad = X.clone()
+    bad[1, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"op: x must hold finite values, got nan at \[1, 2\]"):
+        check_finite("op", "x", bad)
+    check_finite("op", "x", bad, rows=torch.tensor([True, False, True]))
+    with pytest.raises(ValueError, match=r"got nan at \[1, 2\]"):
+        check_finite("op", "x", bad, rows=torch.tensor([False, True, False]))
+    bad[1, 2] = float("inf")
+    with pytest.raises(ValueError, match=r"got inf at \[1, 2\]"):
+        check_finite("op", "x", bad)
+    check_finite("op", "hi", bad, infinite=True)
+    bad[0, 0] = -float("inf")
+    check_finite("op", "hi", bad, infinite=True)
+    # a sum that overflows, of terms that do not
+    check_finite("op", "x", torch.full((4,), torch.finfo(torch.float32).max))
+
+
+@plain_calls()
+def test_several_are_looked_at_at_once() -> None:
+    huge = torch.full((4,), torch.finfo(torch.float32).max)
+    check_all_finite("op", {"a": X, "b": huge, "c": X.double()})
+    check_all_finite("op", {})
+    with pytest.raises(ValueError, match=r"op: b must hold finite values, got nan at \[0\]"):
+        check_all_finite("op", {"a": X, "b": huge * torch.nan})
+
+
+@plain_calls()
+def test_values_are_looked_at_on_a_cpu_unless_told() -> None:
+    assert validates(None, X) and validates(True, X) and not validates(False, X)
+    assert not validates(True, X.to("meta"))
+    seen = []
+
+    def traced(x):
+        seen.append(validates(True, x))
+        return x + 1
+
+    torch._dynamo.reset()
+    torch.compile(traced, backend="eager")(X)
+    assert seen in ([], [False])
