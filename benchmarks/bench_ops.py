@@ -3,11 +3,11 @@
 Nothing is timed whose tests are red, nor whose result at the very shape differs from float64.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import gpu_clock
 import torch
 import typer
+from gpu_predictions import predictions
 from harness import RESULTS, ROOT, Row, check_targets, clock, compare, in_turns, machine, report, write_json
 from op_cases import CASES, Case, Inputs, Shape, chunk, first_tokens, in_float64, widths
 from rich.console import Console
@@ -33,6 +34,8 @@ OURS, EAGER, REFERENCE, COMPILED = "ours", "eager idiom", "reference", "eager id
 NOT_NUMBERS = ("compile", "torch_op", "differences", "gradients", "says")
 # tokens that are computed in float64 as well
 CHECKED = 8
+# rounding of float64, in another order of operations
+EQUAL = 1e-9
 # the eager idiom's operations at one call, beyond which a shape is left to GPUs
 MOST_CPU_OPERATIONS = 80e9
 ROUNDS = {"cpu": 7, "cuda": 30}
@@ -43,30 +46,45 @@ CPU_LIMITS = {"delta_splice": 1 / 100, "sae_splice": 1 / 2.5, "lowrank_edit": 1 
 GPU_LIMITS = {"sae_splice": 1 / 4}
 
 
-def green(ops: Sequence[str], quick: bool, folder: Path = TESTS) -> dict[str, str]:
-    """Op -> what is wrong with its tests, for those that are red or have none; runs them in a process of their own."""
+def _last(case: ElementTree.Element, attribute: str) -> str:
+    """Of a dotted name; that of a file which cannot be imported stands where others have the test's."""
+    return case.get(attribute, "").split(".")[-1]
+
+
+def _red(cases: Sequence[ElementTree.Element]) -> list[str]:
+    return [
+        case.get("name", "") for case in cases if case.find("failure") is not None or case.find("error") is not None
+    ]
+
+
+def green(ops: Sequence[str], quick: bool, device: str = "cpu", folder: Path = TESTS) -> dict[str, str]:
+    """Op -> what is wrong with its tests, for those that are red or have none; runs them in a process of their own.
+
+    On a GPU also those of test_on_gpu.py, whose cases are named after ops.
+    """
     missing = {op: f"no {folder.name}/test_{op}.py" for op in ops if not (folder / f"test_{op}.py").is_file()}
     files = [str(folder / f"test_{op}.py") for op in ops if op not in missing]
     if not files:
         return missing
+    if device != "cpu":
+        files.append(str(folder / "test_on_gpu.py"))
     with tempfile.TemporaryDirectory() as temporary:
         verdicts = Path(temporary) / "tests.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", f"--junit-xml={verdicts}", "-p", "no:cacheprovider"]
+        workers = min(8, os.cpu_count() or 1)
+        command = [sys.executable, "-m", "pytest", "-q", "-n", str(workers), "-p", "no:cacheprovider"]
         if quick:
             command += ["-k", " and ".join(f"not {each}" for each in NOT_NUMBERS)]
-        done = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([*command, f"--junit-xml={verdicts}", *files], cwd=ROOT, capture_output=True, text=True)
         if not verdicts.is_file():
             return missing | dict.fromkeys(ops, done.stdout[-2000:] + done.stderr[-2000:])
         cases = list(ElementTree.parse(verdicts).iter("testcase"))
     wrong = dict(missing)
     for op in ops:
-        own = [case for case in cases if case.get("classname", "").endswith(f"test_{op}")]
-        red = [
-            case.get("name", "") for case in own if case.find("failure") is not None or case.find("error") is not None
-        ]
-        if red:
-            wrong[op] = f"{len(red)} of {len(own)} tests fail, {red[0]} first"
-        elif not own and op not in wrong:
+        own = [case for case in cases if f"test_{op}" in (_last(case, "classname"), _last(case, "name"))]
+        on_gpu = [case for case in cases if case.get("name", "").endswith((f"-{op}]", f"[{op}]"))]
+        if red := _red(own + on_gpu):
+            wrong[op] = f"{len(red)} of {len(own + on_gpu)} tests fail, {red[0]} first"
+        elif op not in wrong and (not own or (device != "cpu" and not on_gpu)):
             wrong[op] = "none of its tests ran"
     return wrong
 
@@ -74,7 +92,7 @@ def green(ops: Sequence[str], quick: bool, folder: Path = TESTS) -> dict[str, st
 def shapes(op: str, device: str, quick: bool) -> Iterator[Shape]:
     """What is timed: the target's shape, and the streams of real models."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    rank, n_edited, active = 64, 16, 64
+    n_edited, active = 16, 64
     target = Shape(**TARGET_SHAPE, k=active, S=n_edited, dtype=dtype, device=device)
     small = widths()["smolvla expert"]
     small_shape = Shape(chunk(), small, 8 * small, active, n_edited, dtype, device)
@@ -84,12 +102,18 @@ def shapes(op: str, device: str, quick: bool) -> Iterator[Shape]:
             yield target
         return
     yield target
+    few = chunk()
     for d in widths().values():
-        for n in (1, chunk(), 256, 1024):
-            for expansion in (8, 32):
-                shape = Shape(n, d, expansion * d, active, n_edited, dtype, device)
-                if device != "cpu" or 6 * n * d * shape.m <= MOST_CPU_OPERATIONS:
-                    yield replace(shape, k=rank) if op == "lowrank_edit" else shape
+        for n, expansion in ((1, 8), (few, 8), (few, 32), (256, 8), (1024, 8)):
+            if op == "lowrank_edit" and expansion == 32:
+                continue
+            shape = Shape(n, d, expansion * d, active, n_edited, dtype, device)
+            if device != "cpu" or 6 * n * d * shape.m <= MOST_CPU_OPERATIONS:
+                yield shape
+
+
+def at_target(shape: Shape) -> bool:
+    return all(getattr(shape, name) == value for name, value in TARGET_SHAPE.items())
 
 
 def _tensors(result: Tensor | tuple[Tensor | None, ...]) -> list[Tensor]:
@@ -109,11 +133,15 @@ def error_of(actual: Tensor, exact: Tensor) -> float:
 def check(case: Case, shape: Shape, inputs: Inputs) -> float:
     """The worst error for the first tokens against the reference in float64.
 
-    Raises ValueError when it is more than the bound of its dtype, or two runs differ.
+    Raises ValueError when it is more than the bound of its dtype, when two runs differ, and when the eager idiom in
+    float64 is something else.
     """
     few = first_tokens(inputs, CHECKED)
     with use("reference"):
         exact = _tensors(case.ours(in_float64(few)))
+    for idiom, right in zip(_tensors(case.eager(in_float64(few))), exact, strict=True):
+        if error_of(idiom, right) > EQUAL:
+            raise ValueError(f"{case.op} at {shape}: the eager idiom computes something else; not timed")
     first, second = _tensors(case.ours(few)), _tensors(case.ours(few))
     worst = 0.0
     for mine, again, right in zip(first, second, exact, strict=True):
@@ -140,7 +168,7 @@ def time_case(case: Case, shape: Shape, rounds: int, quick: bool) -> tuple[list[
     inputs = case.make(shape, generator)
     error = check(case, shape, inputs)
     variants: dict[str, Callable[[Inputs], Any]] = {EAGER: case.eager, OURS: case.ours}
-    if not quick:
+    if not quick and at_target(shape):
         torch._dynamo.reset()
         variants |= {REFERENCE: _in_reference(case.ours), COMPILED: torch.compile(case.eager, dynamic=False)}
     label = f"{case.op} {shape}"
@@ -192,6 +220,11 @@ def entry(case: Case, shape: Shape, ours: Row, floor: float) -> dict[str, Any]:
     }
 
 
+def copy_share(case: Case, shape: Shape, ours: Row, bytes_rate: float) -> float:
+    """Bytes that must be moved, over those that a copy would have moved in the same time."""
+    return round(case.cost(shape)[0] * shape.dtype.itemsize / bytes_rate / (ours.ms / 1e3), 3)
+
+
 def show(console: Console, entries: Sequence[dict[str, Any]], rows: Sequence[Row], met: dict[str, bool]) -> None:
     table = Table("op", "n", "d", "m", "k", "dtype", "eager ms", "ours ms", "× faster", "× floor", "target")
     ours = [row for row in rows if row.variant == OURS]
@@ -207,9 +240,8 @@ def limits(cases: Sequence[tuple[Case, Shape]]) -> dict[tuple[str, str], float]:
     """(label, variant) -> the largest ratio to the eager idiom that meets a target."""
     found = {}
     for case, shape in cases:
-        at_target = all(getattr(shape, name) == value for name, value in TARGET_SHAPE.items())
-        limit = GPU_LIMITS.get(case.op) if shape.device != "cpu" else CPU_LIMITS.get(case.op) if at_target else None
-        if limit is not None:
+        limit = (CPU_LIMITS if shape.device == "cpu" else GPU_LIMITS).get(case.op)
+        if limit is not None and (shape.device != "cpu" or at_target(shape)):
             found[(f"{case.op} {shape}", OURS)] = limit
     return found
 
@@ -232,7 +264,7 @@ def main(
     torch.set_num_threads(threads)
     console = Console()
     chosen = [case for case in CASES if case.op in (ops or known)]
-    if wrong := green([case.op for case in chosen], quick):
+    if wrong := green([case.op for case in chosen], quick, device):
         for op, why in wrong.items():
             console.print(f"[red]{op}[/red]: {why}; no speeds are told", soft_wrap=True)
         raise typer.Exit(1)
@@ -240,13 +272,13 @@ def main(
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     rates = ceilings(device, dtype)
     count = rounds or (QUICK_ROUNDS if quick else ROUNDS[device])
-    entries, rows, errors, timed = [], [], {}, []
+    entries, rows, details, timed = [], [], {}, []
     for case in chosen:
         for shape in shapes(case.op, device, quick):
             found, error = time_case(case, shape, count, quick)
             ours = next(row for row in found if row.variant == OURS)
             rows += found
-            errors[ours.size] = error
+            details[ours.size] = {"error": error, "copy_share": copy_share(case, shape, ours, rates[0])}
             timed.append((case, shape))
             entries.append(entry(case, shape, ours, floor_seconds(case, shape, *rates)))
     targets = check_targets(rows, limits(timed))
@@ -257,9 +289,11 @@ def main(
         "clock": clock()[0] if device == "cpu" else "events around graph replays",
         "copy_gb_per_s": round(rates[0] / 1e9, 1),
         "product_tflop_per_s": round(rates[1] / 1e12, 2),
-        "errors_against_float64": errors,
         "entries": entries,
+        "details": details,
     }
+    if device != "cpu" and not quick:
+        about["predictions"] = predictions()
     if report_file is not None or not quick:
         where = report_file or RESULTS / f"bench_ops_{device}.json"
         write_json(where, report(rows, targets, about))

@@ -166,7 +166,8 @@ def _eager_splice(i: Inputs, f: Tensor) -> Tensor:
 def _eager_segments(i: Inputs) -> Tensor:
     x, segment = i["x"], i["segment"].long()
     sums = torch.zeros(i["n_segments"], x.shape[1], dtype=x.dtype, device=x.device).index_add_(0, segment, x)
-    mean = sums / torch.bincount(segment, minlength=i["n_segments"])[:, None].to(x.dtype)
+    sizes = torch.zeros_like(sums[:, 0]).index_add_(0, segment, torch.ones_like(x[:, 0]))
+    mean = sums / sizes[:, None]
     pooled = i | {"x": mean}
     return x + (_eager_splice(pooled, _jumprelu(pooled)) - mean)[segment]
 
@@ -280,7 +281,11 @@ def first_tokens(inputs: Inputs, n: int) -> Inputs:
 
 
 def in_float64(inputs: Inputs) -> Inputs:
-    return {
+    """The same numbers, and what is made of them made again."""
+    wide = {
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in inputs.items()
     }
+    if "basis" in wide:
+        wide["projection"] = wide["basis"].T @ wide["basis"]
+    return wide

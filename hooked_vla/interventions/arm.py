@@ -25,7 +25,7 @@ class EditArm:
     """
 
     name: str
-    edits: tuple[Edit, ...]
+    edits: Sequence[Edit]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "edits", tuple(self.edits))

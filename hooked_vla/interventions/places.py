@@ -59,13 +59,19 @@ class Layout:
         return value.reshape(value.shape[0], value.shape[1], -1)
 
     def restore(self, flat: Float[Tensor, "row place channel"], value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """Undo `flatten`; value: what was flattened."""
+        """Undo `flatten`; value: what was flattened. The result lies in memory as it does."""
         place = None if self.place is None else self.place + (not self.has_rows)
         if place is None or place == 1:
-            return flat.reshape(value.shape)
-        shape = value.shape if self.has_rows else (1, *value.shape)
-        others = [size for i, size in enumerate(shape) if i not in (0, place)]
-        return flat.reshape(shape[0], shape[place], *others).movedim(1, place).reshape(value.shape)
+            restored = flat.reshape(value.shape)
+        else:
+            shape = value.shape if self.has_rows else (1, *value.shape)
+            others = [size for i, size in enumerate(shape) if i not in (0, place)]
+            moved = flat.reshape(shape[0], shape[place], *others).movedim(1, place)
+            restored = moved.reshape(value.shape)
+        if restored.stride() == value.stride():
+            return restored
+        # sums that read it would be made in another order, and round otherwise
+        return torch.empty_like(value).copy_(restored)
 
 
 @dataclass(frozen=True)
@@ -173,12 +179,20 @@ class Scenes:
         return self._labels[stream]
 
     def scene(self, point: HookPoint, layout: Layout, sizes: Sequence[Size]) -> Scene:
-        """The scene at a point; sizes: of its axes where the model fixes them, else their names."""
+        """The scene at a point; sizes: of its axes where the model fixes them, else their names.
+
+        Raises ValueError where neither the model nor its token streams tell a size.
+        """
         found = []
         for axis, size in zip(layout.axes, sizes, strict=True):
-            if not isinstance(size, int):
-                size = self._rows(point) if axis in ROW_AXES else self.labels(point.streams[axis]).labels.shape[1]
-            found.append(size)
+            if isinstance(size, int):
+                found.append(size)
+            elif axis in ROW_AXES:
+                found.append(self._rows(point))
+            elif axis in point.streams:
+                found.append(self.labels(point.streams[axis]).labels.shape[1])
+            else:
+                raise ValueError(f"{layout.name} ({' '.join(layout.axes)}): how long {axis!r} is, only a run tells")
         return Scene(point, layout, tuple(found), self.batch, self.labels)
 
     def _rows(self, point: HookPoint) -> int:

@@ -1,7 +1,7 @@
 """Which part of which values an edit changes: what users write in several ways, code reads in one normal form."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +90,7 @@ def places(given: Places | None, what: str) -> tuple[int, ...] | None:
     """Raises TypeError for anything but whole numbers, ValueError for none of them or a negative one."""
     if given is None:
         return None
-    listed = (given,) if isinstance(given, int) else tuple(given)
+    listed = tuple(given) if isinstance(given, Iterable) else (given,)
     if not all(isinstance(each, int) and not isinstance(each, bool) for each in listed):
         raise TypeError(f"{what} must be a whole number or several, got {given!r}")
     if not listed:

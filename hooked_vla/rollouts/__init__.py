@@ -3,15 +3,21 @@
 MuJoCo chooses how to draw when it is imported, so the choice is made here, before that.
 """
 
+import importlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 _SIM_PACKAGES = ("gymnasium", "matplotlib", "mujoco", "pyarrow")
 
 if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
     os.environ.setdefault("MUJOCO_GL", "egl")
+
+# Triton and Mesa's software OpenGL each bring an LLVM. Where a frame is drawn first, Triton binds to Mesa's, and the
+# process ends when something imports it, as parts of torch do on their own
+with suppress(ImportError):
+    importlib.import_module("triton")
 
 
 @contextmanager

@@ -9,10 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import make_observation
+from torch._inductor import metrics
 
 from hooked_vla import HookedVLA, registry
 from hooked_vla.interventions import Add, EditSet, Patch, ProjectOut, SAEFeatureEdit, Scale
-from hooked_vla.interventions.inductor import exact_options
+from hooked_vla.interventions import compiled as compiled_module
+from hooked_vla.interventions.inductor import exact_options, unfused_options
 from hooked_vla.sae.splice import SpliceSAE
 
 VLM, EXPERT = "vlm.blocks.0.hook_resid_pre", "expert.blocks.0.hook_resid_post"
@@ -87,7 +89,9 @@ def run_changes(model: HookedVLA, edits: EditSet, after_each=lambda: None) -> di
     return found
 
 
-def test_one_compilation_has_eagers_bits_whatever_is_set(model: HookedVLA) -> None:
+def test_one_compilation_has_eagers_bits_whatever_is_set(model: HookedVLA, monkeypatch) -> None:
+    # the C++ of what is fused takes several times as long to compile as all the rest
+    monkeypatch.setattr(compiled_module, "exact_options", unfused_options)
     eager = run_changes(model, make_edits(model))
     before = eager["nothing"]
     for name, actions in eager.items():
@@ -103,6 +107,30 @@ def test_one_compilation_has_eagers_bits_whatever_is_set(model: HookedVLA) -> No
             run_changes(model, make_edits(model), lambda: counts.append(handle.n_compilations))
         assert set(counts) == {1}
     assert model._compiled is None
+
+
+def test_exact_options_fuse_and_keep_eagers_bits() -> None:
+    """Of norms, rotations, softmax and the like, in both dtypes."""
+    torch.manual_seed(0)
+    x, w, angle = torch.randn(2, 5, 24), torch.randn(24, 24), torch.randn(5, 12)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        first, second = (x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * 1.7).chunk(2, dim=-1)
+        sin, cos = angle.sin().to(x.dtype), angle.cos().to(x.dtype)
+        y = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1) @ w.to(x.dtype)
+        y = torch.where(y > 0, y, torch.nn.functional.gelu(y)) + x.softmax(-1) * 0.3
+        return y.transpose(0, 1) / 3 + x.transpose(0, 1)
+
+    def both() -> tuple[torch.Tensor, torch.Tensor]:
+        return layer(x), layer(x.bfloat16())
+
+    # precompiled headers pay for more code than there is here
+    options = exact_options() | {"cpp_cache_precompile_headers": False}
+    metrics.reset()
+    with torch.no_grad():
+        compiled = torch.compile(both, fullgraph=True, dynamic=False, options=options)()
+        assert all(torch.equal(*pair) for pair in zip(compiled, both(), strict=True))
+    assert metrics.generated_kernel_count > 0
 
 
 def test_modes_are_checked(model: HookedVLA) -> None:

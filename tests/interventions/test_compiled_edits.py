@@ -24,4 +24,4 @@ def test_compiled_edits() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "--override-ini=addopts=", str(here / "compiled_edits.py")]
     done = subprocess.run(command, cwd=here.parent.parent, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 passed" in done.stdout, done.stdout
+    assert "5 passed" in done.stdout, done.stdout

@@ -46,10 +46,9 @@ def test_an_arm_edits_its_own_rows_as_the_model_would(tiny_model: HookedVLA) -> 
                 chunk = tiny_model(obs, noise).chunk
             assert torch.equal(chunk[0], plain[0]) and torch.equal(chunk[1:], expected[1:])
             assert not torch.equal(chunk[1], plain[1])
-        with tiny_model.hooks(requests):
-            tiny_model.run_state.env_step = None
-            with pytest.raises(ValueError, match="env: the environment step is not known"):
-                tiny_model(obs, noise)
+        tiny_model.run_state.env_step = None
+        with pytest.raises(ValueError, match="env: the environment step is not known"), tiny_model.hooks(requests):
+            tiny_model(obs, noise)
     finally:
         tiny_model.run_state.env_step = None
 

@@ -102,7 +102,7 @@ def test_names_tell_what_running_shows(family: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         edit_set = EditSet(model, [*edits, *edits])
-    scores = fnmatch.filter(model.points, "*.hook_logits")
+    scores = [name for name in ("vlm.hook_logits", "decode.hook_logits") if name in model.points]
 
     def apart(edits: EditSet | tuple) -> tuple[Tensor, Tensor]:
         """How far the rows of each pair are apart: their actions, and what decides actions that change by jumps."""

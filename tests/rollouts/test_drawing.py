@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -88,3 +91,15 @@ def test_full_is_the_default_and_another_word_is_refused(monkeypatch):
     monkeypatch.setenv(QUALITY_VARIABLE, "pretty")
     with pytest.raises(ValueError, match=r"HOOKED_VLA_RENDER='pretty'.*full.*fast"):
         ModelView(*scene(), 24, 24)
+
+
+def test_triton_may_be_imported_after_a_frame_was_drawn():
+    """Its LLVM and that of software OpenGL do not mix in the other order: the process would end."""
+    pytest.importorskip("triton")
+    code = (
+        "from hooked_vla.rollouts.drawing import ModelView, mujoco as m; "
+        "model = m.MjModel.from_xml_string('<mujoco><worldbody><geom size=\".1\"/></worldbody></mujoco>'); "
+        "view = ModelView(model, m.MjData(model), 8, 8); view._make().render(); import triton; print('ok')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "ok\n", (done.returncode, done.stderr)

@@ -180,7 +180,7 @@ def test_an_error_in_a_worker_is_reported_with_its_traceback() -> None:
     answer(worker)
     assert driver.recv() == ("ready", None)
     kind, text = driver.recv()
-    assert kind == "failed" and text.startswith("ArithmeticError: stumbled") and "in stumbler" in text
+    assert kind == "failed" and text.startswith("ArithmeticError: stumbled") and "in stumble" in text
     driver.send_bytes(pickle_jobs([plan.job]))
     driver.close()
     with pytest.raises((EOFError, BrokenPipeError)):
@@ -188,7 +188,10 @@ def test_an_error_in_a_worker_is_reported_with_its_traceback() -> None:
 
 
 def stumbler(task: str):
-    raise ArithmeticError("stumbled")
+    def stumble(env: object):
+        raise ArithmeticError("stumbled")
+
+    return stumble
 
 
 def test_what_cannot_travel_is_named(tmp_path: Path) -> None:

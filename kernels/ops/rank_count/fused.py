@@ -14,7 +14,6 @@ from torch import Tensor
 
 from hooked_vla.kernels.aot import Config
 from hooked_vla.kernels.sae_encode_topk.fused import (
-    LEAST_ORDER,
     OPTIONS,
     TENSOR_CORES,
     encode_tile,
@@ -51,14 +50,14 @@ def count_kernel(
     columns = (tl.program_id(0) // n_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_n, in_m = tokens < n, columns < m
     z = encode_tile(x_ptr, w_ptr, b_ptr, tokens, columns, n, in_m, d, BLOCK_N, BLOCK_M, BLOCK_D)
-    # the least order there is: outside the dictionary nothing comes before any feature
-    order = tl.where(in_m[None, :], order_of(z), LEAST_ORDER)
+    # outside the dictionary it is that of -inf, and the index is larger than any: nothing there comes before a feature
+    order = order_of(z)
     rows = tokens.to(tl.int64) * n_features
     places = tl.arange(0, BLOCK_S)
     counts = tl.zeros((BLOCK_N, BLOCK_S), tl.int32)
     for s in range(0, n_features):
         own = order_of(tl.load(own_ptr + rows + s, mask=in_n, other=0.0))[:, None]
-        # equal ones come before s too where their index is smaller; own is above the least order, this cannot wrap
+        # equal ones come before s too where their index is smaller; no order is so small that this wraps
         last = own - (columns < tl.load(features_ptr + s)).to(tl.int32)[None, :]
         count = tl.sum((order > last).to(tl.int32), 1)
         counts = tl.where(places[None, :] == s, count[:, None], counts)

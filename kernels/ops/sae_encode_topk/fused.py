@@ -17,14 +17,14 @@ from hooked_vla.kernels.aot import Config
 from hooked_vla.kernels.sae_encode_topk import packed
 
 LARGEST = tl.constexpr(0x7FFFFFFF)
-LEAST_ORDER = tl.constexpr(-(2**31))
 LEAST_KEY = tl.constexpr(-(2**63))
 
 
 @triton.jit
 def order_of(z):
     """int32 that compares as z does: NaN is the largest, -0.0 equals 0.0."""
-    bits = tl.where(z == 0.0, 0.0, z).to(tl.int32, bitcast=True)
+    # -0.0 + 0.0 is 0.0
+    bits = (z + 0.0).to(tl.int32, bitcast=True)
     return tl.where(z != z, LARGEST, bits ^ ((bits >> 31) & LARGEST))
 
 
@@ -43,7 +43,7 @@ def encode_tile(
     x_ptr, w_ptr, b_ptr, tokens, rows, n, in_m, d,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """z of some tokens and some rows of the encoder, float32.
+    """z of some tokens and some rows of the encoder, float32; -inf where a row is not in the encoder.
 
     A product of two 16-bit numbers is exact in float32; of other dtypes both are widened.
     """
@@ -58,7 +58,8 @@ def encode_tile(
             total = tl.dot(x, tl.trans(w), total, input_precision="ieee")
         else:
             total = tl.dot(x.to(tl.float32), tl.trans(w.to(tl.float32)), total, input_precision="ieee")
-    return total + tl.load(b_ptr + rows, mask=in_m, other=0.0)[None, :]
+    z = total + tl.load(b_ptr + rows, mask=in_m, other=0.0)[None, :]
+    return tl.where(in_m[None, :], z, float("-inf"))
 
 
 @triton.jit
@@ -73,8 +74,7 @@ def encode_kernel(
     in_n, in_m = tokens < n, features < m
     z = encode_tile(x_ptr, w_ptr, b_ptr, tokens, features, n, in_m, d, BLOCK_N, BLOCK_M, BLOCK_D)
     tl.store(z_ptr + tokens.to(tl.int64)[:, None] * m + features[None, :], z, mask=in_n[:, None] & in_m[None, :])
-    order = tl.where(in_m[None, :], order_of(z), LEAST_ORDER)
-    best = tl.max(tl.reshape(order, (BLOCK_N, BLOCK_M // GROUP, GROUP)), 2)
+    best = tl.max(tl.reshape(order_of(z), (BLOCK_N, BLOCK_M // GROUP, GROUP)), 2)
     groups = tile * (BLOCK_M // GROUP) + tl.arange(0, BLOCK_M // GROUP)
     at_maxima = tokens.to(tl.int64)[:, None] * n_groups + groups[None, :]
     tl.store(maxima_ptr + at_maxima, _value_of(best), mask=in_n[:, None] & (groups < n_groups)[None, :])

@@ -92,6 +92,14 @@ def test_nan_survives_the_encoder_and_relu():
     assert values[:, 0].isnan().all() and (indices[:, 0] == 50).all() and values[:, 1:].isfinite().all()
 
 
+def test_infinite_tokens_choose_among_the_features_there_are():
+    """The last block of features is not full, and infinity times its empty places would be NaN, the largest."""
+    x, w_enc, b_enc = encoder(2, 20, 70, torch.float32)
+    x[0, 3] = torch.inf
+    _, indices = sae_encode_topk(x, w_enc, b_enc, 60, validate=False)
+    assert torch.equal(indices, reference.select(reference.encode(x, w_enc, b_enc), 60)[1])
+
+
 def test_relu_keeps_k_values():
     x, w_enc, b_enc = encoder(3, 20, 70, torch.float32)
     values, indices = sae_encode_topk(x, w_enc, b_enc - 100, 5)
