@@ -109,6 +109,9 @@ def _training(data: Mapping[str, Any]) -> list[str]:
     if data["prompts"]:
         prompts = data["prompts"]
         lines.append(f"Prompts: {prompts['paraphrased']:.0%} paraphrased, {prompts['dropped']:.0%} left empty.")
+    # what was done otherwise than the recipe says
+    if "note" in data:
+        lines.append(data["note"])
     return [*lines, f"Seed {data['seed']}. Again: `hooked-vla train {data['name']} --out DIR`."]
 
 
