@@ -23,7 +23,7 @@ from hooked_vla.interventions.edits import (
     Scale,
     SubspacePatch,
     per_row,
-)  # fmt: skip
+)
 from hooked_vla.interventions.files import describe_edits, load_edits, read_edits, save_edits
 from hooked_vla.interventions.reach import CutSetWarning, DeadEndWarning, cut_set, is_replay
 from hooked_vla.interventions.sae_edits import SAEFeatureEdit, SAEReconstruct

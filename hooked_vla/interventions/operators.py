@@ -23,7 +23,7 @@ from hooked_vla.interventions.edits import (
     ProjectOut,
     Scale,
     SubspacePatch,
-)  # fmt: skip
+)
 from hooked_vla.interventions.places import Scene, Site, channel_mask, pair_tokens, token_mask
 from hooked_vla.interventions.sources import bank_table, orthonormal, overwrite_table, source_table, vector
 from hooked_vla.interventions.values import Values

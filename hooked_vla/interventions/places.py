@@ -255,9 +255,7 @@ def channel_mask(where: Where, scene: Scene, label: str) -> Bool[Tensor, "#row c
     return mask
 
 
-def pair_tokens(
-    mask: Bool[Tensor, "row place"], table: tuple[int, int], label: str
-) -> Int[Tensor, "row place"]:  # fmt: skip
+def pair_tokens(mask: Bool[Tensor, "row place"], table: tuple[int, int], label: str) -> Int[Tensor, "row place"]:
     """Which entry of a source [R K channels], flattened to [R·K channels], each edited place takes; 0 elsewhere.
 
     R is 1, or the number of rows or of edited rows; K is 1, or the number of places or of each row's edited places.

@@ -17,7 +17,7 @@ from hooked_vla.interventions.edits import (
     ProjectOut,
     Scale,
     SubspacePatch,
-)  # fmt: skip
+)
 from hooked_vla.interventions.operators import OPERATORS, Operator
 from hooked_vla.interventions.places import Scenes, Site, check_site
 from hooked_vla.interventions.sae_edits import SAEFeatureEdit, SAEReconstruct
@@ -97,12 +97,13 @@ class Program:
 
         Raises ValueError where they could not run as the ones before did; some of them may have changed then.
         """
-        if grouped(edits) != self.groups:
+        joint = [[edits[i] for i in group] for group in self.groups]
+        if any(len(grouped(each)) > 1 for each in joint):
             raise ValueError(
                 f"{', '.join(self.labels)}: these run together, and with this change no longer can: make a new EditSet"
             )
-        for group, operator in zip(self.groups, self.operators, strict=True):
-            operator.load([edits[i] for i in group])
+        for each, operator in zip(joint, self.operators, strict=True):
+            operator.load(each)
         self.edits, self._placed_for = list(edits), None
 
     def place(self, scenes: Scenes, env_step: int | None, sizes: Sequence[int | str] | None = None) -> None:

@@ -109,9 +109,7 @@ def _with_leading(tensor: Tensor, site: Site, label: str) -> Tensor:
     )
 
 
-def overwrite_table(
-    value: "float | Values", site: Site, channels: tuple[int, ...] | None, label: str
-) -> Table:  # fmt: skip
+def overwrite_table(value: "float | Values", site: Site, channels: tuple[int, ...] | None, label: str) -> Table:
     """What `Overwrite` writes. Raises ValueError for another width."""
     if not isinstance(value, Values):
         return torch.full((1, 1, 1, 1), value, dtype=torch.float64, device="cpu")

@@ -44,7 +44,8 @@ def test_identity_edits_at_every_point_change_no_bit(case) -> None:
     model, batch, noise = case
     names = [n for n, site in model.hook_points.items() if site.dtype.is_floating_point and not n.endswith(IN_THE_OPEN)]
     directed = [name for name in names if name.endswith(("hook_resid_post", "hook_mlp_out", "hook_z", "hook_v"))]
-    edits: list[Edit] = [Scale(names, 1.0), Clamp(names, -1e30, 1e30)]
+    by_rows = [name for name in names if model.hook_points[name].axes[0] in ("batch", "image", "window")]
+    edits: list[Edit] = [Scale(names, 1.0), Clamp(by_rows, -1e30, 1e30, rows=0)]
     for name in directed:
         sizes = zip(model.hook_points[name].axes, model.hook_points[name].shape, strict=True)
         width = [size for axis, size in sizes if axis not in ("batch", "image", "window", "seq", "prefix")]
