@@ -15,7 +15,7 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[sim,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[analysis,dev]"
 	@# it pins numpy<2 and works with numpy 2
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps openpi-client==0.1.2
 	touch $@

@@ -215,20 +215,25 @@ def _rows_touched(s: Shape) -> int:
     return min(s.n * s.k, s.m) * s.d
 
 
+def _edit_cost(s: Shape) -> tuple[int, int]:
+    """Of the edited features alone: at or below zero they are not active, whatever the others are."""
+    return 2 * s.n * s.d + 2 * s.S * s.d, 4 * s.n * s.d * s.S
+
+
 CASES = (
     Case(
         "delta_splice",
         _dictionary,
         lambda i: delta_splice(i["x"], *_edited_rows(i), *_tables(i)),
         lambda i: _eager_splice(i, _jumprelu(i)),
-        lambda s: (2 * s.n * s.d + 2 * s.S * s.d, 4 * s.n * s.d * s.S),
+        _edit_cost,
     ),
     Case(
         "sae_splice",
         _dictionary,
         _splice_topk,
         lambda i: _eager_splice(i, _topk(i)),
-        lambda s: (2 * s.n * s.d + s.m * s.d, 2 * s.n * s.d * s.m),
+        _edit_cost,
     ),
     Case(
         "lowrank_edit",

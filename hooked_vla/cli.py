@@ -13,6 +13,7 @@ from rich.table import Table
 from hooked_vla import registry
 from hooked_vla.describe import hook_table, hooks_markdown, n_parameters, pathways
 from hooked_vla.rollouts.cli import rollouts
+from hooked_vla.rollouts.experiments.cli import experiment
 from hooked_vla.rollouts.export_cli import export
 from hooked_vla.serving.cli import serve
 from hooked_vla.training.cli import train
@@ -27,6 +28,7 @@ app.command()(rollouts)
 app.command()(export)
 app.command()(serve)
 app.command()(train)
+app.add_typer(experiment, name="experiment")
 
 
 class CommandError(typer.BadParameter):

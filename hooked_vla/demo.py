@@ -8,8 +8,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from math import isqrt
@@ -134,13 +133,15 @@ def run_demo(out: Path, seed: int = 0, episodes: int = EPISODES) -> dict[str, An
     with needs_sim_extra():
         from hooked_vla import demo_figures as show
         from hooked_vla.demo_goals import draw_noise, run_goals
+        from hooked_vla.rollouts.settings import torch_threads
         from hooked_vla.rollouts.sweep import run_rollouts
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}")
     out.mkdir(parents=True, exist_ok=True)
     console, clock, generator = Console(), Clock(), torch.Generator().manual_seed(seed)
     results: dict[str, Any] = {"notice": NOTICE}
-    with one_thread(), torch.no_grad():
+    # at this size threads cost more than they give, and on one results repeat bit for bit
+    with torch_threads(1), torch.no_grad():
         model = HookedVLA.from_pretrained(MODEL)
         console.print(f"[bold]{NOTICE}[/bold]")
         results["settings"] = settings(model, seed, episodes)
@@ -318,17 +319,6 @@ class Clock:
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.laps[name], self._since = now - self._since, now
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run PyTorch on one thread: at this size threads cost more than they give, and results repeat bit for bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:

@@ -5,6 +5,7 @@ all of them; a batch that carries token ids is already past the checkpoint's pre
 state is taken as normalised and the actions are returned normalised.
 """
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 # mode -> (statistic subtracted, statistic that ends the range); LeRobot: processor/normalize_processor.py
 _RANGES = {"MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90")}
 _ROUNDING = 1e-3
+# one class, as transformers 4 and 5 call it: all of the tokenizer is in tokenizer.json
+_GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 @dataclass(frozen=True)
@@ -184,20 +187,28 @@ class Tokenizer:
         return self._tokenizer
 
     def _from_files(self) -> Any:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         named = self.features.tokenizer
         places = [] if self.folder is None else [self.folder, self.folder / named]
         local = [place for place in places if any(place.glob("tokenizer*.json"))]
         source = str(local[0]) if local else named
         try:
-            return AutoTokenizer.from_pretrained(source)
+            # AutoTokenizer reads config.json too, and warns of families that it does not know
+            generic = bool(local) and _tokenizer_class(local[0]) in _GENERIC_TOKENIZERS
+            return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(source)
         except (OSError, ValueError) as error:
             raise OSError(
                 f"no tokenizer in {[str(place) for place in places]} and none from the hub under {named!r}; "
                 f"put its files beside config.json, or pass token ids as {lerobot.OBS_TOKENS!r} and "
                 f"{lerobot.OBS_TOKEN_MASK!r}"
             ) from error
+
+
+def _tokenizer_class(folder: Path) -> str | None:
+    """What a folder says that its tokenizer is, None where it does not."""
+    path = folder / "tokenizer_config.json"
+    return json.loads(path.read_text()).get("tokenizer_class") if path.is_file() else None
 
 
 def byte_tokenizer() -> Any:

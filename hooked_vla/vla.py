@@ -47,6 +47,9 @@ class HookedVLA(HookedModel):
 
     `model(obs)` and the `run_with_...` methods follow the ambient grad mode; `predict_action_chunk` and
     `select_action` never record gradients. Hooks work the same through all of them.
+
+    sidecars: the checkpoint's small files by name, beside config.json and weights; statistics: the tensors among its
+    weights that normalise, by key. Both are saved again as they were loaded.
     """
 
     net: Network
@@ -56,8 +59,8 @@ class HookedVLA(HookedModel):
         self.spec = spec
         self.processor = processor
         self.load_report: LoadReport | None = None
-        self._sidecars: dict[str, bytes] = {}
-        self._statistics: dict[str, Tensor] = {}
+        self.sidecars: dict[str, bytes] = {}
+        self.statistics: dict[str, Tensor] = {}
         self._part_files: dict[str, str] = {}
         self._queue: deque[Tensor] = deque()
         self._history: list[StepInputs] = []
@@ -133,7 +136,7 @@ class HookedVLA(HookedModel):
             values.setdefault(feature, {})[name] = stored[key]
         processor = registry.processor_class(spec).from_files(spec, checkpoint.folder, sidecars, values)
         model = cls(spec, net.eval(), processor)
-        model._sidecars, model._statistics = sidecars, stored
+        model.sidecars, model.statistics = sidecars, stored
         model._part_files = {part: file.name for part, file in checkpoint.parts.items()}
         model.load_report = LoadReport(plan, tuple(dropped), tuple(statistics))
         if dropped:
@@ -152,7 +155,7 @@ class HookedVLA(HookedModel):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = registry.family(self.spec).write_config(self.spec)
-        files = {"config.json": json.dumps(config, indent=2).encode()} | self._sidecars
+        files = {"config.json": json.dumps(config, indent=2).encode()} | self.sidecars
         files["geometry.json"] = json.dumps(self.spec.geometry(), indent=1).encode()
         for name, content in files.items():
             path = folder / name
@@ -161,7 +164,7 @@ class HookedVLA(HookedModel):
             temporary.write_bytes(content)
             temporary.replace(path)
         parts: dict[str, dict[str, Tensor]] = {"": {}}
-        for key, tensor in (self.public_state_dict() | self._statistics).items():
+        for key, tensor in (self.public_state_dict() | self.statistics).items():
             part, _, rest = key.rpartition("/")
             parts.setdefault(part, {})[rest] = tensor
         tensors = parts.pop("")

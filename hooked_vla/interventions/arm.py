@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from hooked_vla.hooks import names as hook_names
-from hooked_vla.hooks.model import HookRequest
+from hooked_vla.hooks.model import HookedModel, HookRequest
 from hooked_vla.hooks.point import HookPoint
+from hooked_vla.interventions.edit_set import EditSet
 from hooked_vla.interventions.edits import Edit
 from hooked_vla.interventions.files import describe_edits
 from hooked_vla.interventions.places import Layout, Site
@@ -19,8 +20,8 @@ from hooked_vla.interventions.program import Program
 class EditArm:
     """Rollouts under the edits, in all rows that the arm has. name: unique in the sweep.
 
-    Without a model at hand, most of what can be wrong with an edit shows when the first value comes; the sweep's first
-    forward pass, before any episode, does not run under arms.
+    What does not fit the model at all, a sweep finds out with `check` before any episode; what does not fit a value or
+    its tokens shows at the first forward pass under the arm.
     Raises ValueError for no edits, and for edits that name rows: which rows an arm has, the sweep decides.
     """
 
@@ -37,6 +38,13 @@ class EditArm:
     def describe(self) -> Mapping[str, Any]:
         """The edits as JSON-serialisable data; large tensors by their digests."""
         return {"kind": "edits", **describe_edits(self.edits)}
+
+    def check(self, model: HookedModel) -> None:
+        """Raises ValueError, naming the arm, where `EditSet` would refuse the edits; warns as it does."""
+        try:
+            EditSet(model, self.edits)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"arm {self.name!r}: {error.args[0]}") from error
 
     def hooks(self, rows: Sequence[Any]) -> Sequence[HookRequest]:
         """Hook patterns and functions, in the edits' order."""

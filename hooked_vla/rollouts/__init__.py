@@ -6,8 +6,9 @@ MuJoCo chooses how to draw when it is imported, so the choice is made here, befo
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
+
+from hooked_vla.extras import needs_packages
 
 _SIM_PACKAGES = ("gymnasium", "matplotlib", "mujoco", "pyarrow")
 
@@ -18,21 +19,6 @@ if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.env
 # process ends when something imports it, as parts of torch do on their own
 with suppress(ImportError):
     importlib.import_module("triton")
-
-
-@contextmanager
-def needs_packages(packages: Sequence[str], remedy: str) -> Iterator[None]:
-    """Around imports of optional packages: where one of them is missing, the error says what to do.
-
-    packages: their import names; remedy: what needs them and how they are installed.
-    Raises ModuleNotFoundError.
-    """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in packages:
-            raise
-        raise ModuleNotFoundError(f"{error.name} is not installed; {remedy}", name=error.name) from error
 
 
 def needs_sim_extra() -> AbstractContextManager[None]:

@@ -16,7 +16,7 @@ from jaxtyping import Float32
 
 from hooked_vla.hooks.model import HookRequest
 from hooked_vla.inputs import ModelInputs, Observation, StepInputs
-from hooked_vla.rollouts.arms import Arm, group_hooks
+from hooked_vla.rollouts.arms import Arm, ObservingArm, group_hooks
 from hooked_vla.rollouts.cells import Cell
 from hooked_vla.rollouts.noise import SeededNoise
 from hooked_vla.rollouts.settings import Settings, check_action_width, constant_text
@@ -63,27 +63,36 @@ class ModelActor:
         self.name, self.model, self.suite, self.arms, self.settings = name, model, suite, arms, settings
         self.n_action_steps, self.n_seen = settings.n_action_steps, model.spec.features.n_obs_steps
         self.noise = noise
+        self._observing = {arm.name: arm for arm in arms if isinstance(arm, ObservingArm)}
 
     @contextmanager
     def acting(self, rows: Sequence[Row], n_cells: int, capture: Sequence[HookRequest]) -> Iterator[None]:
         requests = group_hooks(self.arms, [row.cell for row in rows], n_cells)
         with ExitStack() as stack:
             stack.enter_context(constant_text(self.model.processor, self.settings.constant_text))
-            stack.callback(setattr, self.model.run_state, "env_step", self.model.run_state.env_step)
+            for clock in ("env_step", "in_use"):
+                stack.callback(setattr, self.model.run_state, clock, getattr(self.model.run_state, clock))
             stack.enter_context(self.model.hooks([*requests, *capture]))
             yield
 
     def act(self, rows: Sequence[Row], env_step: int) -> Float32[np.ndarray, "row step d_action"]:
-        self.model.run_state.env_step = env_step
-        *history, inputs = (self._inputs([row.seen[i] for row in rows]) for i in range(-self.n_seen, 0))
+        self.model.run_state.env_step, self.model.run_state.in_use = env_step, [row.running for row in rows]
+        seen = (self._seen(rows, i, env_step) for i in range(-self.n_seen, 0))
+        *history, inputs = (prepare(self.model, self.settings, frames) for frames in seen)
         if isinstance(inputs, StepInputs) and history:
             inputs = inputs.follow(history)  # pyright: ignore[reportArgumentType]
         noise = self.noise([row.cell.seed for row in rows], env_step)
         chunk = self.model.predict_action_chunk(inputs, noise, self.settings.unnorm_key)
         return chunk[:, : self.n_action_steps].float().cpu().numpy()
 
-    def _inputs(self, frames: Sequence[Frame]) -> ModelInputs:
-        return _prepare(self.model, self.settings, frames)
+    def _seen(self, rows: Sequence[Row], i: int, env_step: int) -> list[Frame]:
+        """Observation i of every row, as its arm lets the policy see it."""
+        arms = [self._observing.get(row.cell.arm) for row in rows]
+        frames = [row.seen[i] for row in rows]
+        return [
+            frame if arm is None else arm.observe(row.cell, env_step, frame)
+            for arm, row, frame in zip(arms, rows, frames, strict=True)
+        ]
 
 
 def try_out(name: str, model: HookedVLA, suite: Suite, settings: Settings, frame: Frame) -> SeededNoise:
@@ -92,7 +101,7 @@ def try_out(name: str, model: HookedVLA, suite: Suite, settings: Settings, frame
     Raises ValueError where the model does not take the observation, or its actions are not the suite's.
     """
     try:
-        inputs = _prepare(model, settings, [frame])
+        inputs = prepare(model, settings, [frame])
         noise = SeededNoise.of(model, inputs)
         chunk = model.predict_action_chunk(inputs, noise([0], 0), settings.unnorm_key)
     except (KeyError, TypeError, ValueError) as error:
@@ -107,7 +116,11 @@ def try_out(name: str, model: HookedVLA, suite: Suite, settings: Settings, frame
     return noise
 
 
-def _prepare(model: HookedVLA, settings: Settings, frames: Sequence[Frame]) -> ModelInputs:
+def prepare(model: HookedVLA, settings: Settings, frames: Sequence[Frame]) -> ModelInputs:
+    """Observations of a suite, one a row, as the model's inputs.
+
+    Raises KeyError for a camera that they lack, ValueError for whatever else the model does not take.
+    """
     images = {
         camera: np.stack([frame["pixels"][source] for frame in frames]) for camera, source in settings.cameras.items()
     }

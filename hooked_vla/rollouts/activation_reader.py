@@ -59,6 +59,7 @@ class ActivationRecording:
         for note in self._notes.values():
             self.sites.update({site: tuple(axes) for site, axes in note["axes"].items()})
         self._by_site: dict[str, dict[Key, _Value]] = {}
+        self._tables: dict[tuple[Path, int], Segments] = {}
 
     @property
     def episodes(self) -> list[int]:
@@ -115,7 +116,7 @@ class ActivationRecording:
 
         Raises as `stack`.
         """
-        values = self._read(site, [self._find(site, key) for key in keys])
+        values = self.fetch_each(site, keys)
         for key, value in zip(keys, values, strict=True):
             if (value.shape, value.dtype) != (values[0].shape, values[0].dtype):
                 raise ValueError(
@@ -126,6 +127,18 @@ class ActivationRecording:
         shared = self._find(site, keys[0]).n_rows == 0
         return torch.stack(values) if shared else torch.cat(values)
 
+    def fetch_each(self, site: str, keys: Sequence[Key]) -> list[Tensor]:
+        """The values of a site for some keys (episode, env_step, denoise_step), as `get` returns each.
+
+        Raises as `get`.
+        """
+        return self._read(site, [self._find(site, key) for key in keys])
+
+    def token_axes(self, episode: int, env_step: int, site: str, denoise_step: int | None = None) -> list[str]:
+        """The axes of a value along which `segments` says who owns each token, in their order. Raises as `get`."""
+        note = self._notes[self._find(site, (episode, env_step, denoise_step)).index]
+        return [each for each in note["axes"][site] if each in note["token_axes"][site]]
+
     def segments(
         self, episode: int, env_step: int, site: str, denoise_step: int | None = None, axis: str | None = None
     ) -> Segments:
@@ -134,17 +147,18 @@ class ActivationRecording:
         Raises KeyError as `get`, ValueError for an axis that the site does not have or that is needed.
         """
         value = self._find(site, (episode, env_step, denoise_step))
-        note = self._notes[value.index]
-        axes = [each for each in note["axes"][site] if each in note["token_axes"][site]]
+        note, axes = self._notes[value.index], self.token_axes(episode, env_step, site, denoise_step)
         if axis is None and len(axes) == 1:
             axis = axes[0]
         if axis not in axes:
             raise ValueError(f"{site} has token axes {axes}: axis must be one of them, got {axis!r}")
-        number = value.segments[axes.index(axis)]
-        table = note["segments"][number]
-        with self._open(value.index) as file:
-            labels = file.get_tensor(f"segments/{number}")
-        return Segments(tuple(table["names"]), labels, table["row_axis"])
+        place = (value.index, value.segments[axes.index(axis)])
+        if place not in self._tables:
+            table = note["segments"][place[1]]
+            with self._open(value.index) as file:
+                labels = file.get_tensor(f"segments/{place[1]}")
+            self._tables[place] = Segments(tuple(table["names"]), labels, table["row_axis"])
+        return self._tables[place]
 
     def _find(self, site: str, key: Key) -> _Value:
         values = self._values(site)

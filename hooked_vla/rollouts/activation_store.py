@@ -84,7 +84,7 @@ class ActivationRecorder:
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
         """Raises ValueError for a folder with other files or another recording, and for shard_bytes below 1;
-        RuntimeError where another process records there."""
+        BlockingIOError where another process records there."""
         if shard_bytes < 1:
             raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}")
         self.folder, self.dtype, self.shard_bytes = Path(folder), dtype, shard_bytes
@@ -285,7 +285,7 @@ def _claim(folder: Path, about: Mapping[str, Any]) -> Any:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.close()
-        raise RuntimeError(f"another process is recording in {folder}") from error
+        raise BlockingIOError(error.errno, f"another process is recording in {folder}") from error
     return lock
 
 

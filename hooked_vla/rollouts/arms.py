@@ -1,4 +1,5 @@
-"""Arms: what distinguishes the runs that are compared. Each is named, says what it does in JSON, and gives hooks.
+"""Arms: what distinguishes the runs that are compared. Each is named, says what it does in JSON, and gives hooks;
+some also change what the policy sees.
 
 Rows of a batch may belong to different arms: the hooks of an arm then change its own rows only.
 """
@@ -36,6 +37,17 @@ class Arm(Protocol):
     def describe(self) -> Mapping[str, Any]: ...
 
     def hooks(self, rows: Sequence[Cell]) -> Sequence[HookRequest]: ...
+
+
+@runtime_checkable
+class ObservingArm(Arm, Protocol):
+    """An arm that also changes what the policy sees.
+
+    observe(cell, env_step, frame): the observation {"pixels": {camera: uint8 [H W 3]}, "state", "instruction"} that
+    the policy gets in place of `frame`, which must stay as it is: the tables and the environment keep what was there.
+    """
+
+    def observe(self, cell: Cell, env_step: int, frame: Mapping[str, Any]) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ def rollouts(
     episodes: Annotated[int, typer.Option(help="in all, spread evenly over the tasks")],
     seed: Annotated[int, typer.Option(help="episode i starts from this number + i")],
     tasks: Annotated[str | None, typer.Option(help="only these tasks of the suite, separated by commas")] = None,
+    edits: Annotated[list[Path] | None, typer.Option(help="a file of edits: runs under them too, beside the unedited "
+                                                          "ones, named after the file; may come several times")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the results; a run that was interrupted goes on")] = None,
     json_to: Annotated[str | None, typer.Option("--json", help='file for the numbers as JSON; "-": print them')] = None,
     size: Annotated[str, typer.Option(help="full or tiny, for a model's name")] = "full",
@@ -42,6 +44,8 @@ def rollouts(
     # whatever is said on the way must not mix with the JSON
     with redirect_stdout(sys.stderr):
         try:
+            from hooked_vla.interventions import EditArm, load_edits
+            from hooked_vla.rollouts.arms import BASELINE
             from hooked_vla.rollouts.executor import WorkerError
             from hooked_vla.rollouts.jobs import ModelSource
             from hooked_vla.rollouts.settings import Options
@@ -52,16 +56,16 @@ def rollouts(
             options = Options(
                 n_envs, max_steps, n_action_steps, image_size, _pairs(cameras), unnorm_key, threads=threads
             )
+            arms = [BASELINE, *(EditArm(file.stem, load_edits(file)) for file in edits or ())]
             done = run_rollouts(
                 EXPERT if model == EXPERT else ModelSource(model, size, device=device, dtype=dtype),
                 suite, episodes, seed, None if tasks is None else [task.strip() for task in tasks.split(",")],
-                out=out, options=options, executor=_executor(executor, workers), progress=True,
+                arms, out=out, options=options, executor=make_executor(executor, workers), progress=True,
             )  # fmt: skip
         except (ValueError, FileNotFoundError, NotADirectoryError, ModuleNotFoundError) as error:
             raise typer.BadParameter(str(error)) from error
         except (OSError, WorkerError) as error:
-            typer.secho(getattr(error, "strerror", None) or str(error), err=True, fg="red")
-            raise typer.Exit(1) from error
+            raise failure(error) from error
         typer.echo(str(done.timing), err=True)
     numbers = report(done)
     if json_to == "-":
@@ -70,8 +74,18 @@ def rollouts(
     if json_to is not None:
         from hooked_vla.rollouts.records import write_file
 
-        write_file(Path(json_to), (json.dumps(numbers, indent=1) + "\n").encode())
+        try:
+            write_file(Path(json_to), (json.dumps(numbers, indent=1) + "\n").encode())
+        except OSError as error:
+            raise failure(error) from error
     _print_table(done)
+
+
+def failure(error: Exception) -> typer.Exit:
+    """To raise from an error that is not the command's fault, such as a full disk, once it is said."""
+    text, file = getattr(error, "strerror", None) or str(error), getattr(error, "filename", None)
+    typer.secho(text if file is None else f"{text}: {file}", err=True, fg="red")
+    return typer.Exit(1)
 
 
 def report(done: "Rollouts") -> dict[str, Any]:
@@ -88,7 +102,8 @@ def report(done: "Rollouts") -> dict[str, Any]:
     return {**head, **body, "settings": settings}
 
 
-def _executor(name: str, workers: int) -> "Executor":
+def make_executor(name: str, workers: int) -> "Executor":
+    """Where a sweep runs, by the name that commands know. Raises ValueError for an unknown one."""
     from hooked_vla.rollouts.executor import LocalExecutor
 
     if name == _HERE:

@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from hooked_vla.rollouts.cli import failure
+
 
 def export(
     folder: Annotated[Path, typer.Argument(help="a folder that `hooked-vla rollouts --out` wrote")],
@@ -36,6 +38,8 @@ def export(
             raise ValueError(str(error)) from error
     except (ValueError, KeyError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:
         raise typer.BadParameter(str(error.args[0]) if error.args else str(error)) from error
+    except OSError as error:
+        raise failure(error) from error
     console.print(
         f"wrote {written[0]}" + (f" and {len(written) - 1} more" if len(written) > 1 else ""), highlight=False
     )

@@ -39,10 +39,10 @@ _SHOWN = 10
 def weight_hash(model: HookedVLA) -> str:
     """SHA-256 over the weights (name, dtype, shape, bytes) and over the checkpoint's small files and statistics."""
     digest = hashlib.sha256()
-    for name, tensor in sorted((model.net.state_dict() | model._statistics).items()):
+    for name, tensor in sorted((model.net.state_dict() | model.statistics).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    for name, content in sorted(model._sidecars.items()):
+    for name, content in sorted(model.sidecars.items()):
         digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()
 
@@ -60,10 +60,13 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     return {"device": device_name, "architecture": platform.machine(), "cpu": torch.backends.cpu.get_cpu_capability()}
 
 
-def describe_versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that episodes depend on, and the commit of a checkout of this one."""
+def describe_versions(more: Sequence[str] = ()) -> dict[str, str | None]:
+    """Versions of Python and of the packages that episodes depend on, and the commit of a checkout of this one.
+
+    more: packages besides those of every suite.
+    """
     found: dict[str, str | None] = {"python": ".".join(platform.python_version_tuple()[:2])}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *more):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -88,11 +91,12 @@ def make_manifest(
             "d_state": suite.d_state,
             "d_action": suite.d_action,
             "fps": suite.fps,
+            "render": None if suite.quality is None else suite.quality(),
         },
         "arms": describe_arms(arms),
         "settings": _plain(asdict(settings)),
         "scenes": [[scene.task, scene.seed] for scene in scenes],
-        "versions": describe_versions(),
+        "versions": describe_versions(suite.packages),
         _MACHINE: describe_machine(device),
     }
 
@@ -121,7 +125,7 @@ def compare(recorded: Mapping[str, Any], now: Mapping[str, Any], where: str) -> 
     """
     if recorded.get("format") != FORMAT:
         raise ValueError(f"{where}: its manifest has format {recorded.get('format')!r}, expected {FORMAT!r}")
-    found = _differences("", _plain(recorded), _plain(now))
+    found = differences(recorded, now)
     machine = [text for path, text in found if path.startswith(f"{_MACHINE}.")]
     if machine:
         logger.warning("%s was begun on another machine, the last bits may differ: %s", where, "; ".join(machine))
@@ -134,8 +138,12 @@ def compare(recorded: Mapping[str, Any], now: Mapping[str, Any], where: str) -> 
         )
 
 
+def differences(recorded: Any, now: Any) -> list[tuple[str, str]]:
+    """Path and description of every entry in which data that was recorded as JSON differs from data at hand."""
+    return _differences("", _plain(recorded), _plain(now))
+
+
 def _differences(path: str, recorded: Any, now: Any) -> list[tuple[str, str]]:
-    """Path and description of every entry that differs."""
     if isinstance(recorded, dict) and isinstance(now, dict):
         keys = list(dict.fromkeys([*recorded, *now]))
         found = []

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64, UInt8
 
-from hooked_vla.rollouts import needs_packages
+from hooked_vla.extras import needs_packages
 
 with needs_packages(
     ("gymnasium", "metaworld", "mujoco", "packaging"), "MetaWorld needs: pip install hooked-vla[metaworld]"
@@ -24,7 +24,7 @@ with needs_packages(
     from metaworld.policies import ENV_POLICY_MAP
 
     from hooked_vla.rollouts.adapter import AdapterEnv, Expert, adapter_env
-    from hooked_vla.rollouts.drawing import ModelView
+    from hooked_vla.rollouts.drawing import ModelView, render_quality
     from hooked_vla.rollouts.suites import Suite, SuiteTask
 
 # camera of ours -> camera of the model, and whether it hangs upside down.
@@ -158,5 +158,7 @@ SUITES = {
         fps=FPS,
         make=_make,
         expert=_expert,
+        packages=("metaworld",),
+        quality=render_quality,
     )
 }

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float32, Float64, UInt8
 
-from hooked_vla.rollouts import needs_packages
+from hooked_vla.extras import needs_packages
 
 with needs_packages(
     ("cv2", "gym_pusht", "gymnasium", "pygame", "pymunk", "shapely"), "PushT needs: pip install hooked-vla[pusht]"
@@ -76,5 +76,6 @@ SUITES = {
         max_steps=MAX_STEPS,
         fps=FPS,
         make=_make,
+        packages=("gym-pusht", "pymunk", "pygame", "opencv-python"),
     )
 }

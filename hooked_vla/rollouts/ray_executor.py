@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hooked_vla.rollouts import needs_packages
+from hooked_vla.extras import needs_packages
 from hooked_vla.rollouts.executor import Event, Pool, describe_error
 from hooked_vla.rollouts.jobs import Job, Task, Worker, pickle_jobs
 from hooked_vla.rollouts.runner import Watcher

@@ -206,7 +206,6 @@ class Store:
                 error.errno,
                 f"no space left for {part.cell}: {len(self.recorded)} episodes are recorded in {self.folder}; make "
                 "room and run the same command again to go on",
-                str(episode),
             ) from error
         self.recorded.add(part.cell.id)
         return True
@@ -221,16 +220,18 @@ class Store:
 def write_file(path: Path, content: bytes) -> None:
     """Write a file that appears under its name when it is complete, in a folder that is made if need be.
 
-    Raises OSError when that fails; no part of it is then left.
+    Raises OSError naming a file when that fails; no part of it is then left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        # writing, unlike opening, does not say which file it was
+        error.filename = error.filename or str(path)
         raise
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, UInt8
 
+from hooked_vla.rollouts.drawing import QUALITY_VARIABLE
 from hooked_vla.rollouts.records import read_episodes, read_manifest, read_steps
 from hooked_vla.rollouts.runner import Environments
 from hooked_vla.rollouts.settings import IMAGE_SIZE
@@ -80,7 +81,8 @@ def replay(
     saw. suite: for runs in a suite that has no name here. tolerance: how far states and rewards may be from the record;
     0 where the simulator is the very same.
     Raises FileNotFoundError or ValueError for a folder that is not one of rollouts, KeyError for episodes that are not
-    recorded, ValueError for unknown cameras, ReplayError naming the first step that comes out otherwise.
+    recorded, ValueError for unknown cameras or where images would be drawn otherwise than the policy saw them,
+    ReplayError naming the first step that comes out otherwise.
     """
     manifest = read_manifest(folder)
     suite = get_suite(manifest["suite"]["name"]) if suite is None else suite
@@ -88,6 +90,11 @@ def replay(
     cameras = list(cameras if cameras is not None else seen or suite.cameras)
     if unknown := [camera for camera in cameras if camera not in suite.cameras]:
         raise ValueError(f"the suite {suite.name!r} has no cameras {unknown}; it has {list(suite.cameras)}")
+    drawn = manifest["suite"].get("render")
+    if seen and suite.quality is not None and drawn != (now := suite.quality()):
+        raise ValueError(
+            f"{folder} was recorded with images drawn {drawn!r}, now they are drawn {now!r}: {QUALITY_VARIABLE} decides"
+        )
     if image_size is None:
         # a scripted expert looks at no images
         image_size = int(manifest["settings"]["image_size"]) if seen else IMAGE_SIZE

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32, Float64, UInt8
 
-from hooked_vla.rollouts import needs_packages
+from hooked_vla.extras import needs_packages
 
 with needs_packages(
     ("cv2", "gymnasium", "mani_skill", "sapien", "transforms3d"), "SimplerEnv needs: pip install hooked-vla[simpler]"
@@ -163,6 +163,7 @@ def _suite(name: str) -> Suite:
         fps=FPS,
         make=make,
         n_starts=N_STARTS,
+        packages=("mani-skill", "sapien"),
     )
 
 

@@ -44,7 +44,9 @@ class Suite:
     "is_success"; the same seed of `reset` gives the same episode. n_starts: the episode seeds that differ, for suites
     whose starting states are a fixed list; None where every seed gives another. expert(task): a scripted expert, called
     with an environment of the task and giving its action [d_action]; one expert acts in one environment, and starts
-    anew when that is reset. None where there is none; it raises ValueError for a task that it cannot do.
+    anew when that is reset. None where there is none; it raises ValueError for a task that it cannot do. packages: what
+    is installed besides the project's own needs and decides how episodes come out. quality: says how images are drawn,
+    where that can be chosen; None where it cannot.
     """
 
     name: str
@@ -59,6 +61,8 @@ class Suite:
     expert: Callable[[str], Callable[[gymnasium.Env[dict[str, Any], Any]], Float64[np.ndarray, " d_action"]]] | None = (
         None
     )
+    packages: tuple[str, ...] = ()
+    quality: Callable[[], str] | None = None
 
     def task(self, name: str) -> SuiteTask:
         """A task by its id.

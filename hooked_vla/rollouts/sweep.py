@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from hooked_vla.interventions import EditArm
 from hooked_vla.rollouts import needs_sim_extra
 from hooked_vla.rollouts.acting import EXPERT, ExpertActor, try_out
 from hooked_vla.rollouts.arms import BASELINE, Arm
@@ -181,6 +182,11 @@ def _plan(
             # before weights are made
             check_action_width(name, spec.features.d_action, suite)
         loaded = source.load() if isinstance(source, ModelSource) else source
+    for arm in arms:
+        if isinstance(arm, EditArm):
+            if loaded is None:
+                raise ValueError(f"arm {arm.name!r}: edits need a model, and {EXPERT!r} is a script")
+            arm.check(loaded)
     settings = settle(options, name, loaded, suite)
     noise = None if loaded is None else _try_out(name, loaded, suite, settings, scenes[0])
     described = describe_model(name, loaded)

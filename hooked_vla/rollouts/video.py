@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 from jaxtyping import UInt8
 
-from hooked_vla.rollouts import needs_packages
+from hooked_vla.extras import needs_packages
 
 with needs_packages(("av",), "films need: pip install hooked-vla[sim]"):
     import av

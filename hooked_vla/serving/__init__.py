@@ -10,7 +10,7 @@ LeRobot's own loop needs no server: `HookedVLA` has its `reset`, `select_action`
 
 from contextlib import AbstractContextManager
 
-from hooked_vla.rollouts import needs_packages
+from hooked_vla.extras import needs_packages
 
 
 def needs_serve_extra() -> AbstractContextManager[None]:

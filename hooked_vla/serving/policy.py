@@ -113,7 +113,6 @@ class Session:
         """An episode begins."""
         self._seen: list[StepInputs] = []
         self._queue: deque[Float32[np.ndarray, " d_action"]] = deque()
-        self.n_requests = 0
 
     def act(
         self, obs: Observation, env_step: int | None = None, seed: int | None = None
@@ -126,7 +125,6 @@ class Session:
         """
         policy, features = self.policy, self.policy.model.spec.features
         inputs = policy.model.prepare(obs, policy.unnorm_key)
-        self.n_requests += 1
         if not policy.remembers or not isinstance(inputs, StepInputs):
             return policy.run(inputs, env_step, seed)[0]
         self._seen = [*(self._seen or [inputs] * (features.n_obs_steps - 1)), inputs][-features.n_obs_steps :]

@@ -8,7 +8,7 @@ import asyncio
 import hmac
 import logging
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -26,7 +26,6 @@ with needs_serve_extra():
 
 logger = logging.getLogger(__name__)
 
-
 PROTOCOLS = ("openpi", "vla-eval")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # openpi: scripts/serve_policy.py
@@ -34,8 +33,6 @@ PORT = 8000
 # four cameras of 1280 x 720 pixels take 11 MB
 MAX_MESSAGE = 64 * 2**20
 START_SECONDS = 30.0
-
-Handler = Callable[[ServerConnection], Coroutine[Any, Any, None]]
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import trange
 
 from hooked_vla import lerobot
+from hooked_vla.hooks.cache_file import write_safetensors
 from hooked_vla.inputs import ModelInputs, Observation
 from hooked_vla.rollouts.tabletop.tasks import find_task
 from hooked_vla.training.dataset import Moments
@@ -44,8 +47,11 @@ class Batch:
 
 
 @torch.no_grad()
-def encode(model: HookedVLA, moments: Moments, prompting: Prompting, seed: int) -> Batch:
-    """All moments as one batch without images; the features of the tower are kept in half precision."""
+def encode(model: HookedVLA, moments: Moments, prompting: Prompting, seed: int, kept: Path | None = None) -> Batch:
+    """All moments as one batch without images; the features of the tower are kept in half precision.
+
+    kept: a file for the result, which is read instead where it is there already: running the tower takes minutes.
+    """
     rng = np.random.default_rng(seed)
     variants = [
         prompt_variants(find_task(suite, task).instruction, 64, rng, prompting.paraphrased, prompting.dropped)
@@ -53,14 +59,37 @@ def encode(model: HookedVLA, moments: Moments, prompting: Prompting, seed: int) 
     ]
     prompts = [variants[task][rng.integers(64)] for task in moments.task]
     cameras = model.spec.features.cameras
+
+    def prepare(rows: slice) -> ModelInputs:
+        images = {camera: moments.images[rows, i] for i, camera in enumerate(cameras)}
+        return model.prepare(Observation(images, moments.state[rows], prompts[rows]))
+
+    if kept is not None and kept.exists():
+        return _read(kept, prepare(slice(0, 1)))
     parts = []
     for start in trange(0, len(moments), _AT_ONCE, mininterval=10, desc="vision features", unit="batch"):
-        rows = slice(start, start + _AT_ONCE)
-        images = {camera: moments.images[rows, i] for i, camera in enumerate(cameras)}
-        inputs = model.prepare(Observation(images, moments.state[rows], prompts[rows]))
+        inputs = prepare(slice(start, start + _AT_ONCE))
         parts.append(replace(inputs, features=model.net.vision_features(inputs).half(), images=None))
     actions = model.processor.normalizer(lerobot.ACTION, torch.from_numpy(moments.chunk))
-    return Batch(concatenate(parts), actions, torch.from_numpy(moments.goal))
+    batch = Batch(concatenate(parts), actions, torch.from_numpy(moments.goal))
+    if kept is not None:
+        _write(kept, batch)
+    return batch
+
+
+def _write(path: Path, batch: Batch) -> None:
+    """The batch's tensors; the file appears when complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {f"inputs.{name}": value for name, value in vars(batch.inputs).items() if isinstance(value, Tensor)}
+    tensors |= {"actions": batch.actions, "goals": batch.goals}
+    write_safetensors(path, [(n, t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()], {})
+
+
+def _read(path: Path, like: ModelInputs) -> Batch:
+    """like: inputs of the same model, for what is the same in all rows."""
+    tensors = load_file(path)
+    inputs = {name.removeprefix("inputs."): value for name, value in tensors.items() if name.startswith("inputs.")}
+    return Batch(replace(like, images=None, **inputs), tensors["actions"], tensors["goals"])
 
 
 def concatenate(parts: Sequence[ModelInputs]) -> ModelInputs:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 from safetensors import safe_open
 from safetensors.numpy import save
+from tqdm import tqdm
 
 from hooked_vla.rollouts.records import write_file
 from hooked_vla.training.demonstrations import Moment
@@ -78,7 +79,7 @@ def load_shards(paths: Sequence[Path]) -> Moments:
         raise FileNotFoundError("no shards of demonstrations were given")
     parts: list[Moments] = []
     n_episodes = 0
-    for path in paths:
+    for path in tqdm(paths, desc="reading demonstrations", unit="file"):
         with safe_open(path, "numpy") as file:
             arrays = {name: file.get_tensor(name) for name in _FIELDS}
             tasks = tuple((suite, task) for suite, task in json.loads(file.metadata()["tasks"]))

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Float64, UInt8
 from safetensors.numpy import load_file, save
+from tqdm import tqdm
 
 from hooked_vla.rollouts.records import write_file
 from hooked_vla.rollouts.tabletop import BLOCKS, PADS, TASKS, TabletopEnv
@@ -56,7 +57,7 @@ def save_frames(path: Path, frames: Frames) -> None:
 
 def load_frames(paths: Sequence[Path]) -> Frames:
     """Frames of several files."""
-    parts = [load_file(path) for path in paths]
+    parts = [load_file(path) for path in tqdm(paths, desc="reading frames", unit="file")]
     return Frames(*(np.concatenate([part[name] for part in parts]) for name in ("images", "places")))
 
 

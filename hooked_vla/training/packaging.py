@@ -67,7 +67,7 @@ def new_checkpoint(spec_name: str, folder: Path, words: Sequence[str], values: V
 
 def _package_lerobot(modes: Mapping[str, str], folder: Path, words: Sequence[str], values: Values) -> None:
     if words:
-        word_tokenizer(list(words)).save_pretrained(folder)
+        _write_tokenizer(folder, words)
     # a processor step keeps its tensors in a file of its own
     stored = "policy_preprocessor_step_0_normalizer_processor.safetensors"
     write_file(folder / stored, save(_flat(values)))
@@ -93,7 +93,7 @@ def _package_groot(spec: FeatureVLASpec, folder: Path, words: Sequence[str], val
     spoken = split(_MARK.sub(" ", said) + NO_INSTRUCTION + "'\"")
     listed = lay_out([*words, *spoken], marks, spec.vlm.d_vocab)
     _check_ids(spec.name, listed, {_IMAGE_TOKEN: spec.image_token})
-    word_tokenizer(listed, whole=marks).save_pretrained(folder)
+    _write_tokenizer(folder, listed, marks)
     flow = spec.flow
     pack = {
         "state_horizon": flow.n_state_steps, "action_horizon": flow.chunk, "max_state_dim": flow.d_state,
@@ -129,7 +129,7 @@ def _package_openvla(spec: LanguageVLASpec, folder: Path, words: Sequence[str], 
     marks = {"<s>": prompt.start, "</s>": prompt.stop, "▁": prompt.end}
     listed = lay_out([*words, *split(prompt.template.format(""))], [*marks, *bins], n_ids)
     _check_ids(spec.name, listed, marks)
-    word_tokenizer(listed).save_pretrained(folder)
+    _write_tokenizer(folder, listed)
     names = {lerobot.ACTION: "action", lerobot.OBS_STATE: "proprio"}
     found: dict[str, Any] = {
         names[key]: {name: value.tolist() for name, value in statistics(each).items()} for key, each in values.items()
@@ -151,6 +151,19 @@ def _package_openvla(spec: LanguageVLASpec, folder: Path, words: Sequence[str], 
         "stds": [list(tower.std) for tower in towers],
     }
     _write_json(folder / "preprocessor_config.json", images)
+
+
+def _write_tokenizer(folder: Path, words: Sequence[str], whole: Sequence[str] = ()) -> None:
+    """tokenizer.json and tokenizer_config.json, whose class both transformers 4 and 5 know by that name."""
+    tokenizer = word_tokenizer(words, whole)
+    write_file(folder / "tokenizer.json", tokenizer.backend_tokenizer.to_str(pretty=True).encode())
+    config = {
+        "model_max_length": tokenizer.model_max_length,
+        "pad_token": tokenizer.pad_token,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": tokenizer.unk_token,
+    }
+    _write_json(folder / "tokenizer_config.json", config)
 
 
 def _check_ids(name: str, words: Sequence[str], wanted: Mapping[str, int]) -> None:

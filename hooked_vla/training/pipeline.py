@@ -5,11 +5,11 @@ stopped.
 """
 
 import csv
-import logging
+import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,6 +21,8 @@ from tqdm import tqdm
 
 from hooked_vla.hooks.cache_file import write_safetensors
 from hooked_vla.registry import get_spec
+from hooked_vla.rollouts.manifest import differences
+from hooked_vla.rollouts.records import write_file
 from hooked_vla.rollouts.settings import Options
 from hooked_vla.rollouts.summary import Rate
 from hooked_vla.rollouts.sweep import run_rollouts
@@ -35,11 +37,10 @@ from hooked_vla.training.tower import train_tower
 from hooked_vla.training.trainer import Schedule, train
 from hooked_vla.vla import HookedVLA
 
-logger = logging.getLogger(__name__)
-
 IMAGE_SIZE = 96
 FRAMES = 50_000
 _SHARD = 4000
+_FEATURES = "features.safetensors"
 # seeds of evaluation; demonstrations draw theirs from generators, none of which are near
 EVALUATION_SEED = 700_000
 
@@ -56,7 +57,11 @@ class Workshop:
 
 
 def make_policy(recipe: Recipe, shop: Workshop) -> HookedVLA:
-    """All stages but evaluation; the trained policy, which is also in `shop.own / "checkpoint"`."""
+    """All stages but evaluation; the trained policy, which is also in `shop.own / "checkpoint"`.
+
+    Raises ValueError where `shop.own` was begun with another recipe or seed.
+    """
+    claim(recipe, shop)
     finished = shop.own / "checkpoint"
     if (finished / "model.safetensors").exists():
         return HookedVLA.from_pretrained(finished)
@@ -64,12 +69,12 @@ def make_policy(recipe: Recipe, shop: Workshop) -> HookedVLA:
     data = load_shards(shards)
     model = untrained(recipe, shop, data)
     load_tower(model, tower(recipe, model, shop))
-    prompting = Prompting()
     stages = [("imitation", recipe.schedule, data)]
     for number in range(recipe.corrections.rounds + 1):
         name, schedule, moments = stages[-1]
+        batch = encode(model, moments, Prompting(), shop.seed, shop.own / name / _FEATURES)
         train(
-            model, encode(model, moments, prompting, shop.seed), schedule, recipe.readout, shop.own / name, shop.seed,
+            model, batch, schedule, recipe.readout, shop.own / name, shop.seed,
             evaluate=(1500, learning_curve(recipe)),
         )  # fmt: skip
         if number == recipe.corrections.rounds:
@@ -77,7 +82,25 @@ def make_policy(recipe: Recipe, shop: Workshop) -> HookedVLA:
         shards.append(correction(recipe, model, shop, number))
         stages.append((f"correction-{number}", _short(recipe), load_shards(shards)))
     model.save_pretrained(finished)
+    # hundreds of megabytes that nobody reads again
+    for path in shop.own.glob(f"*/{_FEATURES}"):
+        path.unlink()
     return model
+
+
+def claim(recipe: Recipe, shop: Workshop) -> None:
+    """Make `shop.own` the folder of this recipe and seed, or find that it is.
+
+    Raises ValueError naming what differs where it is that of others.
+    """
+    path, now = shop.own / "recipe.json", {"seed": shop.seed, **asdict(recipe)}
+    if not path.is_file():
+        write_file(path, (json.dumps(now, indent=1) + "\n").encode())
+    elif found := differences(json.loads(path.read_text()), now):
+        raise ValueError(
+            f"{shop.own} was begun with other settings: {'; '.join(text for _, text in found)}. Go on with those, or "
+            "train into another folder"
+        )
 
 
 def untrained(recipe: Recipe, shop: Workshop, data: Moments) -> HookedVLA:
@@ -157,7 +180,7 @@ def load_tower(model: HookedVLA, path: Path) -> None:
 def evaluate(
     model: HookedVLA, suites: Sequence[str], episodes: int, seed: int = EVALUATION_SEED, progress: bool = False
 ) -> dict[str, Rate]:
-    """Success by suite."""
+    """Success by suite, in `episodes` of each; episode i starts from `seed + i`."""
     return {
         suite: run_rollouts(model, suite, episodes, seed, options=Options(n_envs=12), progress=progress)
         .summary["baseline"].overall
@@ -168,7 +191,8 @@ def evaluate(
 def learning_curve(recipe: Recipe) -> Callable[[HookedVLA], dict[str, float]]:
     """Success while training, on few episodes of the first suite that is trained on."""
     suite = next(iter(recipe.suites))
-    return lambda model: {suite: evaluate(model, [suite], 24, EVALUATION_SEED + 5000)[suite].success_rate}
+    seed = EVALUATION_SEED + 5000
+    return lambda model: {suite: evaluate(model, [suite], 24, seed, progress=True)[suite].success_rate}
 
 
 def checks_while_training(shop: Workshop) -> list[dict[str, float]]:

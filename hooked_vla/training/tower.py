@@ -72,15 +72,6 @@ def place_loss(seen: Seen, places: Float[Tensor, "image object 2"]) -> Float[Ten
     return seen_loss + ((offsets - target).abs().sum(-1) * is_near).sum() / is_near.sum().clamp(min=1)
 
 
-def read_places(seen: Seen) -> Float[Tensor, "image object 2"]:
-    """Places as the tower's patches vote for them, weighted by how near they say to be."""
-    near, offsets = seen
-    side = int(near.shape[1] ** 0.5)
-    votes = patch_centres(side)[:, None].to(offsets) + offsets / side
-    weights = (4 * near).softmax(dim=1)
-    return (weights[..., None] * votes).sum(dim=1)
-
-
 def train_tower(
     model: HookedVLA,
     batches: Iterator[Frames],

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
+from hooked_vla.rollouts.records import write_file
 from hooked_vla.training.batches import Batch, shuffled
 from hooked_vla.training.objective import Objective, Readout
 from hooked_vla.vla import HookedVLA
@@ -199,4 +200,5 @@ class Progress:
             path = self.folder / name
             if path.exists():
                 header, *rows = path.read_text().splitlines()
-                path.write_text("\n".join([header, *(row for row in rows if int(row.split(",")[0]) <= step)]) + "\n")
+                kept = [header, *(row for row in rows if int(row.split(",")[0]) <= step)]
+                write_file(path, ("\n".join(kept) + "\n").encode())

@@ -4,7 +4,8 @@ Shape, dtype, device and contiguity are always checked. Values are checked only 
 host synchronisation, which a GPU would wait for and which neither a captured graph nor a compiled one may contain.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -84,14 +85,6 @@ def check_range(op: str, name: str, indices: Tensor, upper: int, lower: int = 0)
         raise ValueError(f"{op}: {name} must lie in [{lower}, {upper}), got {outside}")
 
 
-def check_all_finite(op: str, tensors: Mapping[str, Tensor]) -> None:
-    """`check_finite` of several small tensors, by name, in one synchronisation unless something is wrong."""
-    total = sum(t.sum(dtype=torch.float64 if t.dtype == torch.float64 else torch.float32) for t in tensors.values())
-    if not (isinstance(total, Tensor) and bool(total.isfinite())):
-        for name, t in tensors.items():
-            check_finite(op, name, t)
-
-
 def check_finite(op: str, name: str, t: Tensor, rows: Tensor | None = None, infinite: bool = False) -> None:
     """Raises ValueError if t holds a NaN, or an infinity unless `infinite` allows it. Synchronises with the host.
 
@@ -99,7 +92,7 @@ def check_finite(op: str, name: str, t: Tensor, rows: Tensor | None = None, infi
     """
     # a sum is finite only if every term is; it costs one pass and no temporary
     wide = torch.float64 if t.dtype == torch.float64 else torch.float32
-    if t.numel() == 0 or bool(t.sum(dtype=wide).isfinite()):
+    if isfinite(t.sum(dtype=wide).item()):
         return
     bad = t.isnan() if infinite else ~t.isfinite()
     if rows is not None:

@@ -53,6 +53,14 @@ def test_an_arm_edits_its_own_rows_as_the_model_would(tiny_model: HookedVLA) -> 
         tiny_model.run_state.env_step = None
 
 
+def test_a_sweep_finds_out_beforehand_what_does_not_fit(tiny_model: HookedVLA) -> None:
+    EditArm("a", [Scale(SITE, 0.5, tokens="words")]).check(tiny_model)
+    with pytest.raises(ValueError, match=r"arm 'a': edit 'Scale' \(Scale\): site: no hook point matches 'no.site'"):
+        EditArm("a", [Scale("no.site", 0.5)]).check(tiny_model)
+    with pytest.raises(ValueError, match=r"arm 'a': edit 'Add' \(Add\): direction is \[2\], but .* is 64 wide"):
+        EditArm("a", [Add(SITE, [1.0, 2.0], 1.0)]).check(tiny_model)
+
+
 def test_wrong_steps_and_widths_are_named(tiny_model: HookedVLA) -> None:
     for edit, message in (
         (Scale(SITE, 0.5, denoise=1), r"edit Scale: denoise: vlm.blocks.0.hook_resid_post runs once per chunk"),

@@ -14,6 +14,11 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MARGIN = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 
 
+@pytest.fixture(autouse=True)
+def _runs_are_used_at_small_sizes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "RUNS_FROM", 8)
+
+
 def make(n: int, d: int, m: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """x, w_enc, b_enc."""
     generator = torch.Generator().manual_seed(seed)
@@ -130,6 +135,16 @@ def test_the_halves_are_the_whole(path: str, dtype: torch.dtype) -> None:
     assert_within(z, reference.encode(*(each.double() for each in given)), OUTPUT[given[2].dtype])
     assert same_bits(maxima, z.view(7, 10, 32).amax(2))
     assert same_bits(halves[0], values) and torch.equal(halves[1], indices)
+
+
+@pytest.mark.parametrize(("m", "k"), [(320, 2), (96, 16)])
+def test_looking_at_runs_first_changes_nothing(monkeypatch: pytest.MonkeyPatch, m: int, k: int) -> None:
+    given = make(7, 20, m)
+    chosen = []
+    for least in (0, m):
+        monkeypatch.setattr(cpu, "RUNS_FROM", least)
+        chosen.append(sae_encode_topk(*given, k))
+    assert same_bits(chosen[0][0], chosen[1][0]) and torch.equal(chosen[0][1], chosen[1][1])
 
 
 def test_blocks_of_tokens_and_of_features_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,7 +177,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
 
 def test_one_process_records_in_a_folder(tmp_path):
     with ActivationRecorder(tmp_path / "a"):
-        with pytest.raises(RuntimeError, match="another process is recording"):
+        with pytest.raises(BlockingIOError, match="another process is recording"):
             ActivationRecorder(tmp_path / "a")
         assert ActivationRecording(tmp_path / "a").episodes == []
 

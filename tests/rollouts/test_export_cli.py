@@ -1,5 +1,6 @@
 """`hooked-vla export`, and what it says of mistakes."""
 
+import errno
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from hooked_vla.cli import app
 from hooked_vla.rollouts.export_cli import read_numbers
-from hooked_vla.rollouts.video import read_film
+from hooked_vla.rollouts.video import Film, read_film
 
 RUNNER = CliRunner(env={"COLUMNS": "400", "TERM": "dumb"})
 
@@ -44,6 +45,22 @@ def test_mistakes_are_said_without_a_traceback(run, tmp_path):
     (tmp_path / "there").mkdir()
     result = RUNNER.invoke(app, ["export", str(run), "--to", "lerobot", "--out", str(tmp_path / "there")])
     assert result.exit_code == 2 and "is there already" in result.output
+
+
+def test_a_full_disk_is_one_message(run, tmp_path, monkeypatch):
+    close, out = Film.close, tmp_path / "out"
+
+    def fill(film: Film) -> None:
+        if "000000001" in film.path.name:
+            raise OSError(errno.ENOSPC, "No space left on device", str(film.path))
+        close(film)
+
+    monkeypatch.setattr(Film, "close", fill)
+    arguments = ["export", str(run), "--to", "mp4", "--out", str(out), "--cameras", "agent", "--image-size", "32"]
+    result = RUNNER.invoke(app, arguments)
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    assert f"No space left on device: {out / 'episode-000000001.mp4'}" in " ".join(result.output.split())
+    assert [file.name for file in out.iterdir()] == ["episode-000000000.mp4"]
 
 
 def test_numbers():

@@ -21,8 +21,8 @@ SCENES = tuple(Scene("walk", i) for i in range(30))
 EDIT = FunctionArm("edit", (("vlm.*", lambda value, hook: value),), "nothing")
 
 
-def make(scenes=SCENES, arms=(BASELINE, EDIT), weights: str = "abc", **options) -> dict:
-    suite = toy_suite()
+def make(scenes=SCENES, arms=(BASELINE, EDIT), weights: str = "abc", drawn: str = "full", **options) -> dict:
+    suite = toy_suite(packages=("pytest",), quality=lambda: drawn)
     settings = replace(settle(Options(n_envs=4), "toy", None, suite), **options)
     model = {"name": "toy", "weights": weights, "spec": {"chunk": 8}}
     return make_manifest(model, suite, scenes, arms, settings, torch.device("cpu"))
@@ -35,6 +35,7 @@ def test_a_folder_is_claimed_once_and_recognised(tmp_path: Path) -> None:
     claim_folder(path.parent, make())
     assert path.read_bytes() == written and read_manifest(path.parent) == make()
     found = read_manifest(path.parent)
+    assert found["suite"]["render"] == "full" and found["versions"]["pytest"] == pytest.__version__
     assert found["versions"]["torch"] == torch.__version__ and found["machine"]["device"] == "cpu"
     assert found["scenes"][3] == ["walk", 3] and found["arms"]["edit"]["description"] == "nothing"
     assert found["suite"]["tasks"]["cliff"] == "go cliff" and found["settings"]["n_envs"] == 4
@@ -46,6 +47,7 @@ def test_a_folder_is_claimed_once_and_recognised(tmp_path: Path) -> None:
         ({"n_envs": 8}, "settings.n_envs: 4 recorded, 8 now"),
         ({"max_steps": 5, "threads": 2}, "settings.max_steps: 12 recorded, 5 now; settings.threads: 1 recorded, 2 now"),
         ({"weights": "abd"}, "model.weights: 'abc' recorded, 'abd' now"),
+        ({"drawn": "fast"}, "suite.render: 'full' recorded, 'fast' now"),
         ({"arms": (BASELINE,)}, "arms.edit: .*'functions'.* recorded, None now"),
         ({"arms": (EDIT, BASELINE)}, r"arms: in the order \['baseline', 'edit'\], now \['edit', 'baseline'\]"),
         ({"scenes": SCENES[:29]}, "scenes: 30 entries recorded, 29 now"),

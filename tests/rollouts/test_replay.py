@@ -65,6 +65,16 @@ def test_the_images_are_those_of_the_step(run):
     env.close()
 
 
+def test_images_that_would_be_drawn_otherwise_are_refused(run, tmp_path):
+    copy = edit(run, tmp_path, "steps", 0, lambda rows: None)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["settings"]["cameras"], manifest["suite"]["render"] = {"camera1": "agent"}, "full"
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="images drawn 'full', now they are drawn 'fast': HOOKED_VLA_RENDER decides"):
+        next(replay(copy, image_size=32, suite=replace(SUITE, quality=lambda: "fast")))
+    next(replay(copy, [0], image_size=32, suite=replace(SUITE, quality=lambda: "full")))
+
+
 def test_wrong_requests_are_refused(run, tmp_path):
     with pytest.raises(KeyError, match=r"episodes \[7\] are not recorded"):
         list(replay(run, episodes=[0, 7]))

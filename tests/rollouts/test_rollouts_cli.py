@@ -13,8 +13,9 @@ import pytest
 from typer.testing import CliRunner
 
 from hooked_vla.cli import app
+from hooked_vla.interventions import Scale, save_edits
 from hooked_vla.rollouts import manifest
-from hooked_vla.rollouts.records import read_episodes
+from hooked_vla.rollouts.records import read_episodes, read_steps
 
 runner = CliRunner(env={"COLUMNS": "160", "TERM": "xterm"})
 RUN = ["rollouts", "--model", "smolvla", "--size", "tiny", "--suite", "object", "--tasks", "red,blue",
@@ -83,6 +84,59 @@ def test_a_killed_run_goes_on_to_the_same_bytes(whole: tuple[Path, dict], tmp_pa
     assert files(tmp_path / "out") == files(folder)
 
 
+def test_files_of_edits_are_arms_beside_the_unedited_one(whole: tuple[Path, dict], tmp_path: Path) -> None:
+    nothing, turned = tmp_path / "nothing.json", tmp_path / "turned.json"
+    site = "expert.hook_velocity"
+    save_edits([Scale(site, 1.0)], nothing)
+    save_edits([Scale(site, -1.0, env=range(0, 100))], turned)
+    folder = tmp_path / "out"
+    result = runner.invoke(app, [*RUN, "--edits", str(nothing), "--edits", str(turned), "--out", str(folder)])
+    assert result.exit_code == 0, result.output
+    numbers = json.loads(result.stdout)
+    assert list(numbers["arms"]) == ["baseline", "nothing", "turned"]
+    assert numbers["arms"]["baseline"] == {name: whole[1][name] for name in numbers["arms"]["baseline"]}
+    assert json.loads((folder / "manifest.json").read_text())["arms"]["turned"]["edits"][0]["factor"] == -1.0
+    episodes = read_episodes(folder).to_pylist()
+    acted = {
+        arm: read_steps(folder, [each["episode"] for each in episodes if each["arm"] == arm])["action"].to_pylist()
+        for arm in numbers["arms"]
+    }
+    assert acted["nothing"] == acted["baseline"] != acted["turned"]
+
+
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        (None, "No such file"),
+        ("{", "is not JSON"),
+        ('{"edit": "Scale", "site": "x"}', "missing factor"),
+        (
+            '{"edit": "Scale", "site": "no.site", "factor": 2}',
+            "arm 'steered': edit 'Scale' (Scale): site: no",
+        ),
+        ('{"edit": "Add", "site": "vlm.blocks.0.hook_resid_post", "direction": [1, 2], "strength": 2}', "is 64 wide"),
+    ],
+)
+def test_mistakes_in_files_of_edits_come_before_any_episode(tmp_path: Path, edits: str | None, message: str) -> None:
+    file = tmp_path / "steered.json"
+    if edits is not None:
+        head = '{"format": "hooked-vla edits", "version": 1, "edits": ['
+        file.write_text(edits if edits == "{" else head + edits + "]}")
+    result = runner.invoke(app, [*RUN, "--edits", str(file), "--out", str(tmp_path / "out")])
+    said = " ".join(result.output.replace("│", " ").split())
+    assert result.exit_code == 2 and message in said and not (tmp_path / "out").exists()
+    assert "Traceback" not in said and not result.stdout
+
+
+def test_edits_need_a_model(tmp_path: Path) -> None:
+    save_edits([Scale("x", 1.0)], tmp_path / "steered.json")
+    command = [*RUN, "--model", "expert", "--edits", str(tmp_path / "steered.json")]
+    result = runner.invoke(app, command)
+    assert result.exit_code == 2 and "edits need a model, and 'expert' is a script" in " ".join(
+        result.output.replace("│", " ").split()
+    )
+
+
 def test_without_json_there_is_a_table_and_json_may_go_to_a_file(whole: tuple[Path, dict], tmp_path: Path) -> None:
     folder, numbers = whole
     to_file = [str(tmp_path / "numbers.json") if each == "-" else each for each in RUN]
@@ -119,7 +173,7 @@ def test_a_full_disk_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     write = Path.write_bytes
 
     def fill(path: Path, content: bytes) -> int:
-        if "episodes" in path.parts:
+        if "episodes" in path.parts or path.name.startswith(".numbers"):
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(path, content)
 
@@ -127,3 +181,9 @@ def test_a_full_disk_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     result = runner.invoke(app, [*RUN, "--out", str(tmp_path / "out")])
     assert result.exit_code == 1 and "no space left for episode 0" in result.output and not result.stdout
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.glob("out/episodes/*/*"))
+    expert = ["rollouts", "--model", "expert", "--suite", "object", "--tasks", "red", "--episodes", "1", "--seed", "0"]
+    file = tmp_path / "numbers.json"
+    result = runner.invoke(app, [*expert, "--max-steps", "1", "--json", str(file)])
+    said = " ".join(result.output.split())
+    assert result.exit_code == 1 and f"No space left on device: {file}" in said and not result.stdout
+    assert not list(tmp_path.glob("*numbers*"))

@@ -9,7 +9,7 @@ from toy_suite import CAMERAS, ToyEnv, tiny, toy_suite
 
 from hooked_vla import HookedVLA, list_models
 from hooked_vla.inputs import Observation
-from hooked_vla.rollouts.acting import ExpertActor, ModelActor, try_out
+from hooked_vla.rollouts.acting import ExpertActor, ModelActor, prepare, try_out
 from hooked_vla.rollouts.arms import BASELINE, FunctionArm
 from hooked_vla.rollouts.cells import Cell, Group
 from hooked_vla.rollouts.noise import SeededNoise
@@ -237,7 +237,8 @@ def test_cameras_may_have_other_names(tiny_model: HookedVLA) -> None:
         make_runner(tiny_model, n_envs=1, cameras=cameras).actor
         for cameras in (None, {"agent": "wrist", "wrist": "agent"})
     )
-    assert torch.equal(swapped._inputs([frame]).images, plain._inputs([frame]).images.flip(1))
+    seen, other = (prepare(tiny_model, each.settings, [frame]).images for each in (plain, swapped))
+    assert torch.equal(other, seen.flip(1))
     assert plain.settings.image_size == 64
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tolerance import assert_close
+from transformers import AutoTokenizer
 
 from hooked_vla import HookedVLA, Observation
 from hooked_vla.training.batches import Batch, Prompting, encode
@@ -90,6 +91,14 @@ def test_saving_and_loading_keep_everything(model: HookedVLA, folder: Path, mome
 def test_a_folder_is_the_spec(model: HookedVLA, recipe: Recipe) -> None:
     assert model.spec == HookedVLA.from_spec(recipe.spec, "tabletop").spec
     assert model.load_report is not None and not model.load_report.dropped
+
+
+def test_tokenizers_are_of_a_class_that_transformers_4_and_5_know(folder: Path) -> None:
+    written = json.loads((folder / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast" and "backend" not in written
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (tokenizer.pad_token, tokenizer.unk_token) == ("<pad>", "<unk>")
+    assert tokenizer.convert_ids_to_tokens(tokenizer("put it down\n")["input_ids"]) == ["put", "it", "down", "\n"]
 
 
 def said(model: HookedVLA, moments: Moments) -> list[list[str]]:
@@ -215,7 +224,8 @@ def test_what_training_reads_are_the_goal_cameras_tokens(model: HookedVLA, batch
         expected = inputs.token_mask.sum(1) - 1 + 32
         assert objective._prompt_end(segments, place).flatten().tolist() == expected.tolist()
         return
-    first = (inputs.tokens == model.spec.image_token).long().argmax(1) if hasattr(inputs, "grid") else torch.ones(3)
+    spec: Any = model.spec
+    first = (inputs.tokens == spec.image_token).long().argmax(1) if hasattr(inputs, "grid") else torch.ones(3)
     assert torch.equal(objective._places(segments, place)[..., 0], first[:, None] + torch.arange(16))
 
 

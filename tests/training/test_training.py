@@ -1,19 +1,26 @@
 import csv
+import json
+import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from hooked_vla import HookedVLA, get_spec, list_models
+from hooked_vla import HookedVLA, Observation, get_spec, list_models
+from hooked_vla.cli import app
 from hooked_vla.training.batches import Batch, Prompting, concatenate, encode, shuffled
 from hooked_vla.training.dataset import gather
 from hooked_vla.training.demonstrations import Policy, Recorder
 from hooked_vla.training.language import vocabulary
 from hooked_vla.training.objective import Objective, Readout
 from hooked_vla.training.packaging import new_checkpoint, statistics
+from hooked_vla.training.pipeline import Workshop, claim
 from hooked_vla.training.recipes import RECIPES
-from hooked_vla.training.tower import place_loss, place_targets, read_places, see
+from hooked_vla.training.tower import Seen, patch_centres, place_loss, place_targets, see
 from hooked_vla.training.trainer import Schedule, train
+from hooked_vla.weights import SHIPPED, shipped_policies
 
 READOUT = Readout("vlm.blocks.3.hook_resid_pre", 0.5)
 
@@ -48,8 +55,6 @@ def test_a_new_checkpoint_is_a_whole_policy(model, moments, tmp_path):
 
 
 def policy_observation(moments):
-    from hooked_vla import Observation
-
     images = {camera: moments.images[:2, i] for i, camera in enumerate(("top", "wrist"))}
     return Observation(images, moments.state[:2], ["put the red block on the orange pad"] * 2)
 
@@ -58,14 +63,45 @@ def test_cached_features_give_the_loss_of_the_images(model, moments, batch):
     prompts = Prompting(paraphrased=0.0, dropped=0.0)
     kept = encode(model, moments, prompts, seed=0).rows([0, 1])
     texts = [f"put the {b} block on the {p} pad" for b, p in (moments.tasks[t][1].split("-") for t in moments.task[:2])]
-    from hooked_vla import Observation
-
     images = {camera: moments.images[:2, i] for i, camera in enumerate(("top", "wrist"))}
     inputs = model.prepare(Observation(images, moments.state[:2], texts))
     noise = [torch.randn(2, 8, 4), torch.rand(2)]
     seen = model.training_loss(inputs, kept.actions, noise=noise)
     # features are kept in half precision
     torch.testing.assert_close(model.training_loss(kept.inputs, kept.actions, noise=noise), seen, rtol=2e-3, atol=2e-3)
+
+
+def test_features_are_made_once_and_read_back_as_they_were(model, moments, tmp_path, monkeypatch):
+    path = tmp_path / "run" / "features.safetensors"
+    made = encode(model, moments, Prompting(), 0, path)
+    plain = encode(model, moments, Prompting(), 0)
+    monkeypatch.setattr(type(model.net), "vision_features", None)
+    again = encode(model, moments, Prompting(), 0, path)
+    for batch in (made, again):
+        assert torch.equal(batch.actions, plain.actions) and torch.equal(batch.goals, plain.goals)
+        for name, value in vars(plain.inputs).items():
+            kept = getattr(batch.inputs, name)
+            assert torch.equal(kept, value) if isinstance(value, torch.Tensor) else kept == value, name
+    with pytest.raises(TypeError):
+        encode(model, moments, Prompting(), 0, tmp_path / "run" / "other.safetensors")
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def test_a_folder_begun_with_other_settings_is_refused(tmp_path):
+    recipe, shop = RECIPES["act-tabletop"], Workshop(tmp_path / "shared", tmp_path / "act-tabletop", workers=1, seed=0)
+    claim(recipe, shop)
+    written = (shop.own / "recipe.json").read_bytes()
+    claim(recipe, shop)
+    with pytest.raises(
+        ValueError, match=r"act-tabletop was begun with other settings: seed: 0 recorded, 1 now\. Go on"
+    ):
+        claim(recipe, replace(shop, seed=1))
+    with pytest.raises(ValueError, match=r"schedule\.steps: 6000 recorded, 5 now; moments: 24000 recorded, 7 now"):
+        claim(replace(recipe, moments=7, schedule=replace(recipe.schedule, steps=5)), shop)
+    done = CliRunner().invoke(app, ["train", "act-tabletop", "--out", str(tmp_path), "--seed", "1"])
+    assert done.exit_code == 2 and "seed: 0 recorded, 1 now" in " ".join(done.output.replace("│", " ").split())
+    assert (shop.own / "recipe.json").read_bytes() == written
+    assert {path.name for path in tmp_path.rglob("*")} == {"act-tabletop", "recipe.json"}
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(model, batch, tmp_path):
@@ -125,11 +161,17 @@ def test_every_row_comes_once_before_any_comes_again(batch):
 
 
 def test_inputs_of_unequal_text_are_not_joined(model, batch):
-    from dataclasses import replace
-
     short = replace(batch.inputs, tokens=batch.inputs.tokens[:, :3], token_mask=batch.inputs.token_mask[:, :3])
     with pytest.raises(ValueError, match="tokens has shapes"):
         concatenate([batch.inputs, short])
+
+
+def read_places(seen: Seen) -> torch.Tensor:
+    """Places as the patches vote for them, weighted by how near they say to be."""
+    near, offsets = seen
+    side = int(near.shape[1] ** 0.5)
+    votes = patch_centres(side)[:, None] + offsets / side
+    return ((4 * near).softmax(dim=1)[..., None] * votes).sum(dim=1)
 
 
 def test_places_are_read_back_from_what_the_tower_should_say():
@@ -172,26 +214,29 @@ def test_statistics_do_not_blow_up_what_hardly_moves():
 
 
 def test_an_unknown_policy_is_refused_with_the_known_ones(tmp_path):
-    from typer.testing import CliRunner
-
-    from hooked_vla.cli import app
-
     done = CliRunner().invoke(app, ["train", "no-such-tabletop", "--out", str(tmp_path)])
     assert done.exit_code == 2 and "no-such-tabletop" in done.output and "smolvla-tabletop" in done.output
     assert not any(tmp_path.iterdir())
 
 
 def test_shipped_policies_are_known_by_name_and_carry_their_cards():
-    import json
-
-    from hooked_vla.weights import SHIPPED, shipped_policies
-
     assert set(shipped_policies()) <= set(RECIPES) and "pi05-tabletop" in shipped_policies()
     for name in shipped_policies():
         model = HookedVLA.from_pretrained(name)
         card = json.loads((SHIPPED / name / "card.json").read_text())
         assert card["parameters"] == sum(each.numel() for each in model.net.parameters())
-        assert (SHIPPED / name / "model.safetensors").stat().st_size < 8e6
+        # weights may be in several files
+        weights = [path for path in (SHIPPED / name).rglob("*") if path.suffix not in {".json", ".md"}]
+        assert SHIPPED / name / "model.safetensors" in weights
+        assert sum(path.stat().st_size for path in weights) < 8e6, name
         for rate in card["success"].values():
             assert rate["interval"][0] <= rate["success_rate"] <= rate["interval"][1]
         assert name in (SHIPPED / name / "README.md").read_text()
+
+
+def test_shipped_policies_act_without_a_warning(moments, monkeypatch, caplog, recwarn):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    for name in shipped_policies():
+        HookedVLA.from_pretrained(name).predict_action_chunk(policy_observation(moments))
+        said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        assert not said and not [str(each.message) for each in recwarn], (name, said)

@@ -5,12 +5,13 @@
 
 from collections.abc import Sequence
 
-from hooked_vla.rollouts import needs_packages
+from hooked_vla.extras import needs_packages
 
 with needs_packages(("dm_control", "gym_aloha", "gymnasium", "mujoco"), "ALOHA needs: pip install hooked-vla[aloha]"):
     from hooked_vla.rollouts.adapter import Expert
     from hooked_vla.rollouts.aloha.env import CAMERAS, FPS, N_JOINTS, AlohaEnv
     from hooked_vla.rollouts.aloha.expert import scripted_expert
+    from hooked_vla.rollouts.drawing import render_quality
     from hooked_vla.rollouts.suites import Suite, SuiteTask
 
 # gym_aloha/__init__.py: max_episode_steps
@@ -41,6 +42,8 @@ def _suite(only: str) -> Suite:
         fps=FPS,
         make=make,
         expert=expert,
+        packages=("gym-aloha", "dm_control"),
+        quality=render_quality,
     )
 
 

@@ -8,7 +8,7 @@ Importing this never asks on the terminal, which the package does where it finds
 
 from collections.abc import Sequence
 
-from hooked_vla.rollouts import needs_packages
+from hooked_vla.extras import needs_packages
 from hooked_vla.rollouts.libero_files import ensure_config
 
 INSTALL = (
@@ -24,6 +24,7 @@ with needs_packages(_PACKAGES, INSTALL):
     from libero.libero.benchmark import task_maps
 
     from hooked_vla.rollouts.adapter import Expert
+    from hooked_vla.rollouts.drawing import render_quality
     from hooked_vla.rollouts.libero.env import CAMERAS, FPS, N_STARTS, LiberoEnv
     from hooked_vla.rollouts.libero.expert import scripted_expert
     from hooked_vla.rollouts.suites import Suite, SuiteTask
@@ -50,6 +51,8 @@ def _suite(name: str) -> Suite:
         make=make,
         n_starts=N_STARTS,
         expert=expert,
+        packages=("hf-libero", "robosuite", "bddl"),
+        quality=render_quality,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int32
 from torch import Tensor
 
-from hooked_vla.kernels.checks import check_all_finite, check_finite, check_matrix, check_range, validates
+from hooked_vla.kernels.checks import check_finite, check_matrix, check_range, validates
 from hooked_vla.kernels.delta_splice import autograd
 from hooked_vla.kernels.dispatch import implementation
 
@@ -88,7 +88,8 @@ def check_features(
     check_matrix(op, "threshold", threshold, (n_features,), wide, device)
     check_matrix(op, "w_dec", w_dec, (n_features, d), (x.dtype, torch.float32), device)
     if validate:
-        check_all_finite(op, {"w_enc": w_enc, "b_enc": b_enc, "w_dec": w_dec})
+        for name, weights in (("w_enc", w_enc), ("b_enc", b_enc), ("w_dec", w_dec)):
+            check_finite(op, name, weights)
         check_finite(op, "threshold", threshold, infinite=True)
 
 
@@ -113,7 +114,8 @@ def check_edits(
     elif n_rows != 1:
         raise ValueError(f"{op}: row must say which of the {n_rows} rows of scale each token uses, got None")
     if validate:
-        check_all_finite(op, {"scale": scale, "shift": shift})
+        check_finite(op, "scale", scale)
+        check_finite(op, "shift", shift)
         # false for NaN too
         if not bool((lo <= hi).all()):
             check_finite(op, "lo", lo, infinite=True)

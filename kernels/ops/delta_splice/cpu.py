@@ -3,14 +3,7 @@
 import torch
 from torch import Tensor
 
-
-def _added(tokens: Tensor, edit: Tensor) -> Tensor:
-    """tokens + edit, rounded once; a token's own bits where nothing is added: x + 0 is not x where x is -0.0."""
-    y = (tokens.to(edit.dtype) + edit).to(tokens.dtype)
-    # counting is a tenth of the time of comparing and selecting
-    if int(edit.count_nonzero()) < edit.numel():
-        y = torch.where(edit == 0, tokens, y)
-    return y
+from hooked_vla.kernels.adding import added
 
 
 def delta_splice(
@@ -43,7 +36,7 @@ def delta_splice(
     whole = chosen.shape[0] == x.shape[0]
     edit = (change if whole else change[chosen]) @ w_dec.to(wide)
     if not edit_only:
-        edit = _added(x if whole else x[chosen], edit)
+        edit = added(x if whole else x[chosen], edit)
     if whole:
         return edit, features
     y = x.new_zeros(x.shape, dtype=wide) if edit_only else x.clone()

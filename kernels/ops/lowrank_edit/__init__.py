@@ -108,7 +108,8 @@ def _check_values(
     pair: Tensor | None, row: Tensor | None, mask: Tensor | None,
 ) -> None:  # fmt: skip
     op = "lowrank_edit"
-    for name, value in (("a", a), ("b", b), ("alpha", alpha), ("beta", beta), ("add", add)):
+    # a and b are often one tensor
+    for name, value in (("a", a), ("b", None if b is a else b), ("alpha", alpha), ("beta", beta), ("add", add)):
         if value is not None:
             check_finite(op, name, value)
     if pair is not None and src is not None:

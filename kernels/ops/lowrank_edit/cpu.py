@@ -7,6 +7,8 @@ results then differ in the last bits, unlike on a GPU.
 import torch
 from torch import Tensor
 
+from hooked_vla.kernels.adding import added
+
 
 def _difference(x: Tensor, src: Tensor | None, alpha: Tensor, beta: Tensor) -> tuple[Tensor, float]:
     """beta·src - alpha·x as (tensor, factor), in alpha's dtype; alpha and beta hold one value or one a token."""
@@ -29,16 +31,15 @@ def _edit(
     if a.shape[0]:
         difference, factor = _difference(x, src, alpha, beta)
         coefficients = difference @ a.to(wide).T
-        delta = (coefficients if factor == 1.0 else coefficients.mul_(factor)) @ b.to(wide)
+        if factor != 1.0:
+            coefficients.mul_(factor)
+        # in the place of the difference, unless that is x itself
+        delta = torch.mm(coefficients, b.to(wide), out=None if difference is x else difference)
         if add is not None:
             delta += add
     else:
         delta = torch.zeros(x.shape, dtype=wide) if add is None else add.expand(x.shape).clone()
-    # counting is several times cheaper than choosing, and hardly ever is an element exactly zero
-    nothing = delta == 0 if int(delta.count_nonzero()) < delta.numel() else None
-    y = delta.add_(x).to(x.dtype)
-    # x + 0 is not x where x is -0.0
-    return y if nothing is None else torch.where(nothing, x, y)
+    return added(x, delta)
 
 
 def lowrank_edit(

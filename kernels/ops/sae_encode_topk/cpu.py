@@ -12,6 +12,8 @@ from hooked_vla.kernels.sae_encode_topk import packed, reference
 
 # features of a run: the fastest of 16, 32, 64 and 128 for 32 to 64 of 8k to 32k features
 GROUP = 32
+# features for each of the k, from which on looking at runs first is faster (measured: k of 32 to 128)
+RUNS_FROM = 256
 # elements of z, and of the dictionary in float32, that are held at once: 64 and 16 MB
 Z_BLOCK, W_BLOCK = 1 << 24, 1 << 22
 
@@ -34,14 +36,14 @@ def encode_gmax(x: Tensor, w_enc: Tensor, b_enc: Tensor, group: int) -> tuple[Te
     return z, reference.group_maxima(z, group)
 
 
-def _candidates(z: Tensor, maxima: Tensor, group: int, count: int) -> tuple[Tensor, Tensor]:
+def _candidates(z: Tensor, maxima: Tensor | None, group: int, count: int) -> tuple[Tensor, Tensor]:
     """(values, indices) of the `count` largest in descending order, any of equal ones.
 
     They are in the `count` runs with the largest maxima, since each of those has a value at least as large as any
-    outside of them.
+    outside of them. Without maxima all features are looked at.
     """
     n, m = z.shape
-    if maxima.shape[1] <= count:
+    if maxima is None or maxima.shape[1] <= count:
         return z.topk(count, dim=1)
     best = maxima.topk(count, dim=1, sorted=False).indices
     columns = (best[:, :, None] * group + torch.arange(group)).view(n, -1)
@@ -50,7 +52,7 @@ def _candidates(z: Tensor, maxima: Tensor, group: int, count: int) -> tuple[Tens
     return values, columns.gather(1, places)
 
 
-def select_topk(z: Tensor, maxima: Tensor, group: int, k: int) -> tuple[Tensor, Tensor]:
+def _select(z: Tensor, maxima: Tensor | None, group: int, k: int) -> tuple[Tensor, Tensor]:
     values, indices = _candidates(z, maxima, group, min(k + 1, z.shape[1]))
     # not >, so that a NaN is unclear too
     unclear = (~(values[:, :-1] > values[:, 1:])).any(1)
@@ -61,6 +63,10 @@ def select_topk(z: Tensor, maxima: Tensor, group: int, k: int) -> tuple[Tensor, 
     return values, indices.contiguous()
 
 
+def select_topk(z: Tensor, maxima: Tensor, group: int, k: int) -> tuple[Tensor, Tensor]:
+    return _select(z, maxima if z.shape[1] >= RUNS_FROM * k else None, group, k)
+
+
 def sae_encode_topk(x: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, relu: bool) -> tuple[Tensor, Tensor]:
     """As reference.py defines it."""
     (n, m) = x.shape[0], w_enc.shape[0]
@@ -68,8 +74,9 @@ def sae_encode_topk(x: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, relu: bool)
     indices = torch.empty((n, k), dtype=torch.int32)
     step = max(1, Z_BLOCK // m)
     for tokens, value, index in zip(x.split(step), values.split(step), indices.split(step), strict=True):
-        z, maxima = encode_gmax(tokens, w_enc, b_enc, GROUP)
-        chosen, where = select_topk(z, maxima, GROUP, k)
+        z = encode(tokens, w_enc, b_enc)
+        maxima = reference.group_maxima(z, GROUP) if m >= RUNS_FROM * k else None
+        chosen, where = _select(z, maxima, GROUP, k)
         value.copy_(chosen.relu() if relu else chosen)
         index.copy_(where)
     return values, indices

@@ -1,0 +1,1 @@
+"""Kinds of experiments: each module has Settings and run(context, settings); definitions name it."""
