@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,9 @@ from jaxtyping import Bool, Float
 from rich.console import Console
 from torch import Tensor
 
+from hooked_vla.analysis.attention import CameraView, camera_attention, camera_views
 from hooked_vla.hooks import ActivationCache, HookPoint
+from hooked_vla.hooks.names import resolve
 from hooked_vla.inputs import ACTION, LANGUAGE, PAD, STATE, Observation, image_segment
 from hooked_vla.rollouts import needs_sim_extra
 from hooked_vla.vla import HookedVLA
@@ -167,7 +168,9 @@ def run_demo(out: Path, seed: int = 0, episodes: int = EPISODES) -> dict[str, An
         console.print(f"cached: {cache!r}")
         assert actions is not None
         results["cache"] = {"tensors": len(cache), "predicted_bytes": n_bytes, "held_bytes": cache.nbytes}
-        results["attention"] = attention_maps(cache, tuple(pair.a.images))
+        views = {"vision": camera_views(model, pair.a, tower=True)}
+        views |= dict.fromkeys(("vlm", "expert"), camera_views(model, pair.a))
+        results["attention"] = attention_maps(cache, views)
         clock.lap("attention")
 
         results["controls"] = controls(pair, actions.normalized, draw_noise(model, generator))
@@ -179,7 +182,7 @@ def run_demo(out: Path, seed: int = 0, episodes: int = EPISODES) -> dict[str, An
         show.print_effects(console, results)
 
         pictures = {
-            "attention.png": lambda path: show.draw_attention(path, results, pair.a.images, model.spec.features.resize),
+            "attention.png": lambda path: show.draw_attention(path, results, pair.a.images, views),
             "patch_effect.png": lambda path: show.draw_effects(path, results),
             "goals.png": lambda path: show.draw_goals(path, results, pair.a.images["top"]),
             "goals.mp4": lambda path: show.film_goals(path, outcomes),
@@ -205,9 +208,10 @@ def observe(seed: int) -> dict[str, Observation]:
     return seen
 
 
-def attention_maps(cache: ActivationCache, cameras: Sequence[str]) -> dict[str, dict[str, Any]]:
+def attention_maps(cache: ActivationCache, views: Mapping[str, Mapping[str, CameraView]]) -> dict[str, dict[str, Any]]:
     """Attention that each camera's tokens receive, by three readers; mean over layers, heads, queries (and steps).
 
+    views: of the tokens that each reader reads, by camera.
     grid: per token, rows from the top, as a multiple of uniform attention over the keys that the query sees.
     share, uniform_share: fraction of all attention that goes to the camera, and would if it were uniform.
     """
@@ -220,24 +224,12 @@ def attention_maps(cache: ActivationCache, cameras: Sequence[str]) -> dict[str, 
     }
     found: dict[str, dict[str, Any]] = {}
     for reader, (sites, query) in readers.items():
-        patterns = cache.stack(sites)
-        *_, n_query, n_key = patterns.shape
-        site = next(name for name in cache if name.startswith(f"{reader}.") and name.endswith("hook_pattern"))
-        streams = cache.entries[site].streams
-        for row, camera in enumerate(cameras):
-            if query is None:
-                # each camera's image is a row of its own, and all its patches are its tokens
-                seen, keys = patterns[:, row], torch.arange(n_key)
-            else:
-                seen = patterns[..., cache.segments[streams["query"]].positions(query)[0], :]
-                keys = cache.segments[streams["key"]].positions(image_segment(camera))[0]
-            n_visible = (seen > 0).sum(-1, keepdim=True)
-            side = isqrt(len(keys))
-            grid = (seen * n_visible)[..., keys].flatten(0, -2).mean(0).reshape(side, side)
-            found.setdefault(reader, {})[camera] = {
-                "grid": grid.tolist(),
-                "share": float(seen[..., keys].sum(-1).mean()),
-                "uniform_share": float((len(keys) / n_visible).mean()),
+        for view in views[reader].values():
+            seen = [camera_attention(cache, site, view, query) for site in resolve(sites, list(cache))]
+            found.setdefault(reader, {})[view.source] = {
+                "grid": torch.stack([each.relative.mean((0, 1, 2)) for each in seen]).mean(0).tolist(),
+                "share": float(torch.stack([each.share for each in seen]).mean()),
+                "uniform_share": float(torch.stack([each.uniform.sum((-2, -1)) for each in seen]).mean()),
             }
     return found
 

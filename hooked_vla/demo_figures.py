@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Shaped
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from PIL import Image, ImageDraw
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from hooked_vla.analysis.attention import CameraView
+from hooked_vla.analysis.attention_figures import COLOURS, around_one, draw_overlay
 from hooked_vla.demo_goals import Outcome
 from hooked_vla.hooks import HookSite
 from hooked_vla.hooks.names import PATHWAYS, layer, leaf
@@ -34,7 +34,6 @@ READERS = {
     "vlm": "VLM\nlanguage reads image tokens",
     "expert": "expert\nactions read image tokens",
 }
-ATTENTION_COLOURS = "coolwarm"
 DPI = 150
 
 
@@ -96,12 +95,12 @@ def print_effects(console: Console, results: Mapping[str, Any]) -> None:
 
 
 def draw_attention(
-    path: Path, results: Mapping[str, Any], images: Mapping[str, Any], resize: tuple[int, int] | None
+    path: Path,
+    results: Mapping[str, Any],
+    images: Mapping[str, Any],
+    views: Mapping[str, Mapping[str, CameraView]],
 ) -> None:
-    """Both camera images of run A, and what of them three readers attend to.
-
-    resize: width and height of the model's image, into which cameras are fitted; None where they are used as is.
-    """
+    """Both camera images of run A, and what of them three readers attend to. views: of each reader's keys, by camera."""
     attention = results["attention"]
     figure = Figure(figsize=(13, 7.6), layout="constrained")
     axes = figure.subplots(len(images), 1 + len(attention), squeeze=False)
@@ -109,13 +108,14 @@ def draw_attention(
         axes[row, 0].imshow(image)
         axes[row, 0].set_ylabel(f"{camera} camera", fontsize=13)
         for column, (reader, maps) in enumerate(attention.items(), start=1):
-            _overlay(axes[row, column], np.asarray(image), np.array(maps[camera]["grid"]), resize, _around_one(maps))
+            view = next(view for view in views[reader].values() if view.source == camera)
+            draw_overlay(axes[row, column], np.asarray(image), np.array(maps[camera]["grid"]), view, _scale(maps))
             if reader != "vision":
                 share, uniform = maps[camera]["share"], maps[camera]["uniform_share"]
                 axes[row, column].set_xlabel(f"{share:.1%} of all attention (uniform: {uniform:.1%})", fontsize=10)
     for column, (reader, maps) in enumerate(attention.items(), start=1):
         axes[0, column].set_title(READERS[reader], fontsize=12)
-        scale = ScalarMappable(_around_one(maps), ATTENTION_COLOURS)
+        scale = ScalarMappable(_scale(maps), COLOURS)
         bar = figure.colorbar(scale, ax=axes[:, column], location="bottom", shrink=0.9, aspect=25)
         bar.set_label("attention to a token ÷ uniform attention", fontsize=10)
     axes[0, 0].set_title(f"run A\n“{results['instructions']['A']}”", fontsize=12)
@@ -201,43 +201,9 @@ def _labelled(outcome: Outcome, frame: np.ndarray) -> np.ndarray:
     return np.asarray(picture)
 
 
-def on_camera(
-    grid: Shaped[np.ndarray, "rows columns"], resize: tuple[int, int] | None, height: int, width: int
-) -> Shaped[np.ndarray, "height width"]:
-    """A grid over the model's image as seen in the camera's: every pixel gets the value of the cell that it went to.
-
-    The model's image holds the camera's, scaled to fit, at the bottom right (policy.resize_with_pad).
-    """
-    full_width, full_height = resize or (width, height)
-    ratio = max(height / full_height, width / full_width)
-    fitted = (int(height / ratio), int(width / ratio))
-    cells = []
-    for n_cells, full, part, n_pixels in zip(
-        grid.shape, (full_height, full_width), fitted, (height, width), strict=True
-    ):
-        centre = full - part + (np.arange(n_pixels) + 0.5) * part / n_pixels
-        cells.append((centre * n_cells / full).astype(int))
-    return grid[np.ix_(*cells)]
-
-
-def _around_one(maps: Mapping[str, Mapping[str, Any]]) -> Normalize:
-    """One scale for all cameras of a reader, with uniform attention in the middle."""
-    reach = max(np.abs(np.array(each["grid"]) - 1).max() for each in maps.values())
-    return Normalize(1 - reach, 1 + reach)
-
-
-def _overlay(axes: Axes, image: np.ndarray, grid: np.ndarray, resize: tuple[int, int] | None, norm: Normalize) -> None:
-    """The image's brightness in the colour of the map; cells that are large enough say their value."""
-    height, width = image.shape[:2]
-    colours = colormaps[ATTENTION_COLOURS](norm(on_camera(grid, resize, height, width)))[..., :3]
-    axes.imshow(colours * (0.25 + 0.75 * image.mean(-1, keepdims=True) / 255))
-    if grid.size > 16:
-        return
-    cells = on_camera(np.arange(grid.size).reshape(grid.shape), resize, height, width)
-    for cell in np.unique(cells):
-        y, x = np.argwhere(cells == cell).mean(0)
-        text = axes.text(x, y, f"{grid.flat[cell]:.2f}", ha="center", va="center", fontsize=11)
-        text.set_path_effects([withStroke(linewidth=3, foreground="white")])
+def _scale(maps: Mapping[str, Mapping[str, Any]]) -> Normalize:
+    """One for all cameras of a reader, with uniform attention in the middle."""
+    return around_one([np.array(each["grid"]) for each in maps.values()])
 
 
 def _heat_map(axes: Axes, patches: Sequence[Mapping[str, Any]], key: str, colours: str, norm: Normalize) -> float:

@@ -12,9 +12,7 @@ from conftest import make_observation
 from matplotlib.image import imread
 
 from hooked_vla import HookedVLA, demo
-from hooked_vla.demo_figures import on_camera
 from hooked_vla.demo_goals import run_goals
-from hooked_vla.policy import resize_with_pad
 from hooked_vla.rollouts.video import read_film
 
 
@@ -136,16 +134,6 @@ def test_unequal_layouts_are_refused(pair):
         demo.Pair(pair.model, pair.a, longer, pair.noise)
     with pytest.raises(ValueError, match="no difference"):
         demo.Pair(pair.model, pair.a, pair.a, pair.noise)
-
-
-@pytest.mark.parametrize(("height", "width"), [(60, 100), (100, 60), (64, 64)])
-def test_a_map_over_the_models_image_comes_back_to_the_cameras_pixels(height, width):
-    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
-    image = torch.stack([y, x, torch.ones_like(x)])
-    fitted = resize_with_pad(image[None], 64, 64)[0]
-    for channel, expected in zip(fitted, image, strict=True):
-        back = on_camera(channel.numpy(), (64, 64), height, width)
-        assert np.abs(back - expected.numpy()).max() < 0.03
 
 
 def test_missing_extra_is_named(monkeypatch, tmp_path):

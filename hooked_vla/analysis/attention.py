@@ -87,9 +87,7 @@ def pattern_sites(model: HookedModel, pathway: str, only_live: bool = True) -> l
     return sites
 
 
-def camera_attention(
-    cache: ActivationCache, site: str, view: CameraView, queries: Queries = None
-) -> CameraAttention:
+def camera_attention(cache: ActivationCache, site: str, view: CameraView, queries: Queries = None) -> CameraAttention:
     """Attention of `queries` to a camera's tokens, from a cached pattern.
 
     site: a hook_pattern. view: of the tokens that the pattern's keys are: inside the vision tower `camera_views(...,
@@ -152,9 +150,7 @@ def _query_positions(segments: Segments, queries: Queries, site: str) -> list[In
     return found
 
 
-def word_positions(
-    model: Any, inputs: ModelInputs, words: Sequence[Sequence[str]]
-) -> list[Int[Tensor, " token"]]:
+def word_positions(model: Any, inputs: ModelInputs, words: Sequence[Sequence[str]]) -> list[Int[Tensor, " token"]]:
     """Where words of each row's instruction stand in the language model's tokens.
 
     model: a HookedVLA, whose processor has the tokenizer. words: for each row. A word counts where a token, without
@@ -242,7 +238,9 @@ def token_locality(
     """
     image = np.asarray(obs.images[view.source])
     if image.dtype != np.uint8 or image.ndim != 3:
-        raise ValueError(f"camera {view.source!r}: one image of bytes [H W 3] is needed, got {image.dtype} {image.shape}")
+        raise ValueError(
+            f"camera {view.source!r}: one image of bytes [H W 3] is needed, got {image.dtype} {image.shape}"
+        )
     cells = [(row, column) for row in range(view.grid[0]) for column in range(view.grid[1])]
     covered = np.repeat(image[None], 1 + len(cells), axis=0)
     for i, cell in enumerate(cells, start=1):
@@ -266,7 +264,7 @@ def token_locality(
 def knock_out(
     site: str, head: int | Sequence[int], ablation: str = "zero", source: Tensor | None = None, **where: Any
 ) -> Ablate:
-    """The edit that takes heads out: what they would write is 0, or with "mean" and a source [heads d_head] always that.
+    """The edit that takes heads out: what they would write is 0, or with "mean" and a source always that.
 
     site: a hook_pattern, or the hook_z beside it. where: `tokens`, `denoise`, `env`, `rows`, `name`, as in every edit.
     Raises ValueError for another site, and as Ablate.

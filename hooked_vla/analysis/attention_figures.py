@@ -38,7 +38,9 @@ def overlay(
     Raises ValueError for an image of another size than the view's, or a map of another grid.
     """
     if image.shape[:2] != view.seen.shape:
-        raise ValueError(f"camera {view.camera!r}: the view is of {view.seen.shape} pixels, the image {image.shape[:2]}")
+        raise ValueError(
+            f"camera {view.camera!r}: the view is of {view.seen.shape} pixels, the image {image.shape[:2]}"
+        )
     brightness = image.mean(-1, keepdims=True) / 255
     heat = view.on_image(np.asarray(grid))
     tinted = colormaps[colours](norm(np.nan_to_num(heat, nan=float(norm.vmin or 0))))[..., :3]

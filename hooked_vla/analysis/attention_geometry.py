@@ -133,7 +133,7 @@ def camera_views(model: HookedModel, obs: Observation, tower: bool = False) -> d
             # a blank image in the place of a camera that the robot lacks
             continue
         name, (height, width) = sources[source]
-        rows, columns, n_before, order = _grid(model, tuple(shown.shape[-2:]), tower)
+        rows, columns, n_before, order = _grid(model, (shown.shape[-2], shown.shape[-1]), tower)
         first = 1 + 3 * source
         whiteness = (shown[first, slot] - black).double().cpu().numpy()
         ramps = [(shown[first + i, slot] - black).double().cpu().numpy() for i in (1, 2)]
@@ -216,7 +216,7 @@ def _straight_line(
     white: Float64[np.ndarray, "height width"], ramp: Float64[np.ndarray, "height width"], axis: int, size: int,
     camera: str,
 ) -> tuple[float, float]:  # fmt: skip
-    """Where on the camera's image, in pixels along one axis, the model's image begins, and how far apart its pixels are.
+    """Where on the camera's image the model's image begins along one axis, and how far apart its pixels are; in pixels.
 
     white, ramp: what the processor made of images that are all 1, or as bright as the place, less what it makes of 0.
     """
@@ -241,9 +241,7 @@ def _straight_line(
     return float(start), float(step)
 
 
-def _grid(
-    model: Any, size: tuple[int, int], tower: bool
-) -> tuple[_Cells, _Cells, int, Int[Tensor, " token"]]:
+def _grid(model: Any, size: tuple[int, int], tower: bool) -> tuple[_Cells, _Cells, int, Int[Tensor, " token"]]:
     """Rows and columns of tokens over images of so many pixels, tokens before the grid, and the order of the others."""
     vision, connector = model.net.vision, getattr(model.net, "connector", None)
     merge, n_before = 1, 0

@@ -55,12 +55,8 @@ class Pairs:
     def rows(self, rows: Sequence[int]) -> "Pairs":
         """Some of the pairs."""
         picked = list(rows)
-        return Pairs(
-            self.base.rows(picked),
-            self.base.rows([]) if not picked else self.source.rows(picked),
-            self.counterfactual.rows(picked),
-            [draw[picked] for draw in self.noise],
-        )
+        source, counterfactual = self.source.rows(picked), self.counterfactual.rows(picked)
+        return Pairs(self.base.rows(picked), source, counterfactual, [draw[picked] for draw in self.noise])
 
 
 class Interchange:
@@ -85,10 +81,10 @@ class Interchange:
         self.model, self.site, self.tokens, self._batch = model, site, tokens, rows
         self._denoised = hook_names.is_denoised(site)
         with torch.no_grad():
-            base = _seen(model, pairs.base, site)
-            self.pairs = replace(pairs, base=base, source=_seen(model, pairs.source, site))
+            base, source = (_seen(model, each, site) for each in (pairs.base, pairs.source))
+            self.pairs = replace(pairs, base=base, source=source)
             self.clean = self._actions(base)
-            self.target = self._actions(pairs.counterfactual)
+            self.target = self._actions(source if pairs.counterfactual is pairs.source else pairs.counterfactual)
             self.mask = _token_mask(model, base, point, tokens)
             self.source = self._source(point)
         if not (self.clean - self.target).flatten(1).any(1).all():
@@ -130,7 +126,7 @@ class Interchange:
         return recovery(self.run(None if basis is None else basis.to(self.source)), self.clean, self.target)
 
     def examples(self) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"], list[tuple[int, int]]]:
-        """The values that swaps exchange, by swapped token: base runs', sources', and (pair, place among the swapped)."""
+        """What swaps exchange, token by token: base runs' values, sources', and (pair, place among its swapped)."""
         with torch.no_grad():
             own = self._values(self.pairs.base)
         where = self.mask.nonzero()
@@ -256,7 +252,9 @@ def _rotation(interchange: Interchange, k: int, generator: torch.Generator, star
         begin = start.first(k).basis.float()
     else:
         raise ValueError(f"start has {start.k} of {start.d} dimensions: {k} of {d} are needed")
-    layer = parametrizations.orthogonal(nn.Linear(d, k, bias=False))
+    layer = nn.Linear(d, k, bias=False)
+    # reflections of k rows; the other maps would complete the basis to d, and at random
+    parametrizations.orthogonal(layer, orthogonal_map="householder", use_trivialization=False)
     layer.weight = begin.contiguous()
     return layer.to(interchange.source)
 

@@ -138,7 +138,9 @@ def _has(net: nn.Module, path: str) -> bool:
 
 
 def _norm_points(norm: str, points: Mapping[str, Any]) -> list[str]:
-    return [f"{norm}.{leaf}" for leaf in ("hook_scale", "hook_ada_scale", "hook_ada_shift") if f"{norm}.{leaf}" in points]
+    return [
+        f"{norm}.{leaf}" for leaf in ("hook_scale", "hook_ada_scale", "hook_ada_shift") if f"{norm}.{leaf}" in points
+    ]
 
 
 def _frozen(
@@ -218,7 +220,12 @@ def _decoder(
     first, bias = _domain_linear(decoder.layer1, inputs)
     out = _stepped(cache, "expert.hook_out")[:, :, positions].double()
     open_ = (first(out) + bias > 0).double()
-    return [_linear(out_proj), (first, bias), (lambda x: x * open_, torch.zeros(())), _domain_linear(decoder.layer2, inputs)]
+    return [
+        _linear(out_proj),
+        (first, bias),
+        (lambda x: x * open_, torch.zeros(())),
+        _domain_linear(decoder.layer2, inputs),
+    ]
 
 
 def _finished(

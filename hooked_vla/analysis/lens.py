@@ -74,7 +74,7 @@ def read_vocabulary(
     and the same numbers where the two are tied.
     Raises ValueError where there is no such pathway or layer, saying what there is, and for words of another number.
     """
-    part = getattr(model.net, pathway, None)
+    part: Any = getattr(model.net, pathway, None)
     if not isinstance(getattr(part, "embed", None), nn.Embedding):
         raise ValueError(f"the model has no vocabulary in a pathway {pathway!r}: it reads no words there")
     if source not in ("unembed", "embed"):
@@ -102,9 +102,7 @@ def without_points(module: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def logit_lens(
-    resid: Float[Tensor, "*any d_model"], vocabulary: Vocabulary
-) -> Float[Tensor, "*any d_vocab"]:
+def logit_lens(resid: Float[Tensor, "*any d_model"], vocabulary: Vocabulary) -> Float[Tensor, "*any d_vocab"]:
     """Logits that the model would have if its residual stream ended here: final norm, then the token directions."""
     flat = vocabulary.norm(resid.reshape(1, -1, resid.shape[-1]).to(vocabulary.W_U.dtype))
     return (flat @ vocabulary.W_U).reshape(*resid.shape[:-1], -1).float()
@@ -236,7 +234,8 @@ def find_neurons(
     """
     ids = vocabulary.ids(keywords)
     table = neuron_table(model, vocabulary, sites, n_top)
-    return table[table["token"].isin(ids)].sort_values("z", ascending=False, kind="stable").reset_index(drop=True)
+    said: pd.DataFrame = table.loc[table["token"].isin(ids)]
+    return said.sort_values(by="z", ascending=False, kind="stable").reset_index(drop=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,7 +264,8 @@ def cluster_neurons(
     if not 1 <= n_clusters <= len(vectors):
         raise ValueError(f"{site} has {len(vectors)} neurons, which do not make {n_clusters} clusters")
     unit = vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    found = KMeans(n_clusters, n_init=10, random_state=seed).fit(unit.numpy())
+    # its stubs know neither numbers of starts nor results
+    found: Any = KMeans(n_clusters, n_init=10, random_state=seed).fit(unit.numpy())  # pyright: ignore[reportArgumentType]
     centres = torch.from_numpy(found.cluster_centers_).to(vocabulary.W_U)
     tops = (centres @ vocabulary.W_U).topk(n_words, dim=-1).indices.tolist()
     words = tuple(tuple(vocabulary.words[token] for token in row) for row in tops)

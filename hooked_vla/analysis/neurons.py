@@ -79,7 +79,9 @@ class ActivationScale:
 
 
 @torch.no_grad()
-def activation_scales(model: HookedModel, obs: Any, sites: Sequence[str], noise: Any = None) -> dict[str, ActivationScale]:
+def activation_scales(
+    model: HookedModel, obs: Any, sites: Sequence[str], noise: Any = None
+) -> dict[str, ActivationScale]:
     """How large activations are, over all tokens that are not padding of a batch of observations, by site.
 
     Raises KeyError for an unknown site.

@@ -338,7 +338,7 @@ class _Player:
     def _output(self, call: _Call) -> Any:
         leaves, spec = pytree.tree_flatten(call.output)
         if tuple(leaf._version for leaf in _tensors(leaves)) != call.versions:
-            raise RuntimeError(f"a tensor that {type(call.module).__name__} returned was changed in place: record again")
+            raise RuntimeError(f"a tensor that {type(call.module).__name__} returned was changed in place: record anew")
         axes = iter(call.repeat or ())
         repeated = [_repeated(leaf, next(axes), self.n) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         if torch.is_grad_enabled():
@@ -358,7 +358,9 @@ def _leaves(output: Any) -> list[Tensor]:
 def _state(thing: Any) -> Any:
     """What tells that an object was changed: its attributes, and how long those are that can grow."""
     held: Mapping[str, Any] = getattr(thing, "__dict__", {})
-    return {name: (id(value), len(value) if isinstance(value, list | dict | set) else 0) for name, value in held.items()}
+    return {
+        name: (id(value), len(value) if isinstance(value, list | dict | set) else 0) for name, value in held.items()
+    }
 
 
 def _row_axis(one: Tensor, two: Tensor) -> int | None:

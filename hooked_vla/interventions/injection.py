@@ -79,7 +79,7 @@ class Injection:
     @property
     def windows(self) -> tuple[Window, ...] | None:
         """The environment steps, in as few windows as possible."""
-        return windows(self.env)
+        return self.env  # pyright: ignore[reportReturnType]
 
     def is_active(self, env_step: int) -> bool:
         """Whether anything is injected into a chunk that is planned at this environment step."""
@@ -318,7 +318,7 @@ class Injector:
                 for i, (theirs, ours) in enumerate(of_row):
                     mask[row * each + i, ours] = True
                     sources[:, row * each + i, ours] = given[:, i, theirs]
-        chosen = layout.restore(mask[..., None].expand_as(flat), value)
+        chosen = layout.restore(mask[..., None].expand_as(flat).to(value.dtype), value).bool()
         return _Plan([layout.restore(source, value) for source in sources], first, chosen)
 
     def _pairs(

@@ -134,13 +134,17 @@ class _Flow:
 
     def stream_start(self, way: str) -> int | None:
         """The last block before which the pathway's whole residual stream is replaced."""
+        return max(self.stream_starts(way), default=None)
+
+    def stream_starts(self, way: str) -> list[int]:
+        """The blocks before which the pathway's whole residual stream is replaced; its length stands for the end."""
         starts = [0] if f"{way}.hook_tokens" in self.replaced else []
         for name in self.replaced:
             for leaf, after in (("hook_resid_pre", 0), ("hook_resid_post", 1)):
                 number = hook_names.layer(name)
                 if number is not None and name == f"{way}.blocks.{number}.{leaf}":
                     starts.append(number + after)
-        return max(starts, default=None)
+        return starts
 
     def told(self, way: str, leaves: Iterable[str] = _TOLD) -> list[str]:
         """What the pathway is told of the observation and is not replaced."""
@@ -178,7 +182,7 @@ class _Flow:
         )
         for way in ("vlm", "encoder", "adapter"):
             start = self.stream_start(way)
-            if start is None or (way == "vlm" and by_layer and start > 0):
+            if start is None or (way == "vlm" and by_layer and 0 not in self.stream_starts(way)):
                 continue
             later = [f"{way}.blocks.{i}.hook_deepstack" for i in range(start, len(self.points))]
             if any(name in self.points and name not in self.replaced for name in later):

@@ -21,6 +21,8 @@ with needs_sim_extra():
     import pyarrow.parquet as pq
 
 Key = tuple[int, int, int | None]
+# a tensor is read whole where more than one in so many of its rows is wanted
+_FEW = 8
 
 
 @dataclass(frozen=True)
@@ -209,30 +211,31 @@ class ActivationRecording:
     def _read(self, site: str, values: Sequence[_Value]) -> list[Tensor]:
         """The values, each shard opened once."""
         found: dict[int, Tensor] = {}
-        by_file: dict[Path, list[int]] = {}
+        by_file: dict[Path, dict[str, list[int]]] = {}
         for i, value in enumerate(values):
-            by_file.setdefault(value.index, []).append(i)
-        for index, places in by_file.items():
+            by_file.setdefault(value.index, {}).setdefault(value.tensor, []).append(i)
+        for index, tensors in by_file.items():
             with self._open(index) as file:
-                for i in places:
-                    found[i] = self._slice(file, index, site, values[i])
+                for name, places in tensors.items():
+                    tensor, n = self._slice(file, index, site, name)
+                    if len(places) * _FEW > n:
+                        # most of it: one read instead of many
+                        tensor = tensor[:]
+                    for i in places:
+                        found[i] = _rows(tensor, values[i], n, index, site)
         return [found[i] for i in range(len(values))]
 
-    def _slice(self, file: Any, index: Path, site: str, value: _Value) -> Tensor:
-        expected = self._notes[index]["shapes"].get(value.tensor)
+    def _slice(self, file: Any, index: Path, site: str, name: str) -> tuple[Any, int]:
+        """A tensor of a shard, to be cut, and its number of rows."""
+        expected = self._notes[index]["shapes"].get(name)
         try:
-            tensor = file.get_slice(value.tensor)
+            tensor = file.get_slice(name)
             shape = tensor.get_shape()
         except SafetensorError as error:
-            raise ValueError(f"{shard_of(index)} does not hold {value.tensor!r}: {error}") from error
-        stop = value.row + max(value.n_rows, 1)
-        if shape != expected or stop > shape[0]:
-            raise ValueError(
-                f"{shard_of(index)}: {site} has shape {shape}, but its index says {expected}: the files do not belong "
-                "together"
-            )
-        rows = tensor[value.row : stop]
-        return rows[0] if value.n_rows == 0 else rows
+            raise ValueError(f"{shard_of(index)} does not hold {name!r}: {error}") from error
+        if shape != expected:
+            raise _apart(index, site, shape, expected)
+        return tensor, shape[0]
 
     def _open(self, index: Path) -> Any:
         """A shard, opened."""
@@ -245,3 +248,19 @@ class ActivationRecording:
             return safe_open(path, framework="pt")
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _rows(tensor: Any, value: _Value, n: int, index: Path, site: str) -> Tensor:
+    """A value's rows of the tensor that has it; n: rows of the tensor."""
+    stop = value.row + max(value.n_rows, 1)
+    if stop > n:
+        raise _apart(index, site, n, f"{stop} rows at least")
+    # a copy, where all of the tensor was read: the value must not keep the others alive
+    rows = tensor[value.row : stop].clone() if isinstance(tensor, Tensor) else tensor[value.row : stop]
+    return rows[0] if value.n_rows == 0 else rows
+
+
+def _apart(index: Path, site: str, found: Any, expected: Any) -> ValueError:
+    return ValueError(
+        f"{shard_of(index)}: {site} has shape {found}, but its index says {expected}: the files do not belong together"
+    )

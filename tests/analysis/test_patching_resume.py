@@ -43,7 +43,9 @@ def outcome(model: HookedVLA, obs, noise, edits: list) -> Tensor:
 
 def some_sites(model: HookedVLA) -> list[str]:
     """Residual sites of every pathway's last block, and two of attention."""
-    sites = [name for name in model.points if name.endswith("hook_resid_post") and model.hook_points[name].reaches_action]
+    sites = [
+        name for name in model.points if name.endswith("hook_resid_post") and model.hook_points[name].reaches_action
+    ]
     by_pathway = {name.split(".")[0]: name for name in sites}
     others = [name for glob in ("*.hook_v", "*.hook_pattern") for name in fnmatch.filter(model.points, glob)[-1:]]
     return list(dict.fromkeys([*by_pathway.values(), *others]))
@@ -159,6 +161,6 @@ def test_a_tape_refuses_what_it_is_not_of(tiny: HookedVLA) -> None:
     for call in tape.calls:
         if call.kept and isinstance(call.output, Tensor):
             call.output.add_(1.0)
-    with pytest.raises(RuntimeError, match="changed in place: record again"):
+    with pytest.raises(RuntimeError, match="changed in place: record anew"):
         tape.run([[Ablate(LATE, "zero")]])
     assert not tiny.before_run

@@ -2,17 +2,20 @@
 
 import re
 
+import pyarrow.compute as pc
 import pytest
 import torch
 from test_noise import make_observation
 from torch import Tensor
-from toy_suite import tiny
+from toy_suite import tiny, toy_suite
 
 from hooked_vla import HookedVLA, list_models
 from hooked_vla.hooks.cache import ROW_AXES
 from hooked_vla.rollouts.arms import BASELINE, FunctionArm, describe_arms, group_hooks, only_rows
 from hooked_vla.rollouts.cells import Cell
 from hooked_vla.rollouts.noise import SeededNoise
+from hooked_vla.rollouts.settings import Options
+from hooked_vla.rollouts.sweep import run_rollouts
 
 
 def shift(value: Tensor, hook) -> Tensor:
@@ -124,3 +127,30 @@ def test_functions_must_be_described_and_descriptions_be_json() -> None:
 
     with pytest.raises(ValueError, match="arm 'odd': its description is not JSON"):
         describe_arms([Odd()])
+
+
+def test_an_arm_may_change_what_the_policy_sees_and_nothing_else(tiny_model: HookedVLA) -> None:
+    """The policy acts on the changed observation; other rows, tables and environments keep what was there."""
+
+    class Darkened:
+        name = "dark"
+
+        def describe(self):
+            return {"kind": "dark"}
+
+        def hooks(self, rows):
+            return ()
+
+        def observe(self, cell, env_step, frame):
+            seen.append((cell.seed, env_step))
+            return {**frame, "pixels": {name: pixels // 2 for name, pixels in frame["pixels"].items()}}
+
+    seen: list[tuple[int, int]] = []
+    suite = toy_suite()
+    done = run_rollouts(tiny_model, suite, 2, seed=5, arms=[BASELINE, Darkened()], options=Options(n_envs=4))
+    n = done.plan.job.settings.n_action_steps
+    assert {(5, 0), (6, 0)} <= set(seen) <= {(seed, step) for seed in (5, 6) for step in range(0, suite.max_steps, n)}
+    alone = run_rollouts(tiny_model, suite, 2, seed=5, options=Options(n_envs=4))
+    rows = [done.episodes.filter(pc.field("arm") == arm) for arm in ("baseline", "dark")]
+    assert rows[0].equals(alone.episodes.replace_schema_metadata(rows[0].schema.metadata))
+    assert rows[0]["final_state"] != rows[1]["final_state"] and rows[0]["instruction"] == rows[1]["instruction"]

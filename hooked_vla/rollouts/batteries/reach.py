@@ -76,6 +76,11 @@ def require_reach(
     return found
 
 
+def reads_text(model: HookedVLA, settings: Settings, frame: Frame) -> bool:
+    """Whether the model reads instructions at all."""
+    return hasattr(prepare(model, settings, [frame]), "tokens")
+
+
 def known_tokens(model: HookedVLA, text: str) -> tuple[int, int]:
     """How many tokens of a text the model's tokenizer knows, of how many; begin and end marks aside.
 

@@ -44,7 +44,7 @@ def run_one(
         from hooked_vla.rollouts.cli import make_executor
         from hooked_vla.rollouts.executor import WorkerError
         from hooked_vla.rollouts.experiments.definition import find_experiment
-        from hooked_vla.rollouts.experiments.report import REPORT
+        from hooked_vla.rollouts.experiments.publish import REPORT
         from hooked_vla.rollouts.experiments.run import run_experiment
         from hooked_vla.rollouts.jobs import ModelSource
         from hooked_vla.rollouts.settings import Options
@@ -69,6 +69,20 @@ def run_one(
         word, colour = said[verdict.holds]
         typer.echo(f"{verdict.rule}: {typer.style(word, fg=colour)}: {verdict.measured}")
     typer.echo(f"wrote {folder / REPORT}")
+
+
+@experiment.command("publish")
+def publish_one(
+    run: Annotated[Path, typer.Argument(help="folder of a finished run")],
+    to: Annotated[Path, typer.Option(help="where results are kept, by experiment and model")] = Path("docs/results"),
+) -> None:
+    """Copy a run's report, tables and figures, without its episodes."""
+    with _missing_packages():
+        from hooked_vla.rollouts.experiments.publish import publish
+    try:
+        typer.echo(publish(run, to))
+    except (ValueError, FileNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 class _missing_packages:

@@ -35,6 +35,7 @@ from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.rollouts.arms import BASELINE
 from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.records import read_steps
+from hooked_vla.rollouts.settings import Options
 from hooked_vla.rollouts.sweep import Rollouts
 from hooked_vla.vla import HookedVLA
 
@@ -122,13 +123,21 @@ def join(*runs: Runs) -> Runs:
     return Runs(episodes, *lists)
 
 
-def rerun(context: Context, label: str, suite: str, episodes: int, tasks: Sequence[str] | None = None) -> Rollouts:
+def rerun(
+    context: Context,
+    label: str,
+    suite: str,
+    episodes: int,
+    tasks: Sequence[str] | None = None,
+    options: Options | None = None,
+) -> Rollouts:
     """The baseline once more, from the same starts and noise, one episode at a time (two, where it ran one at a time).
 
     Nothing else differs, so what comes out otherwise is rounding and its growth in closed loop: the floor under every
     difference. In batches of several rows, whatever their number, it would be the same bits.
     """
-    other = replace(context.options, n_envs=2 if context.options.n_envs == 1 else 1)
+    options = context.options if options is None else options
+    other = replace(options, n_envs=2 if options.n_envs == 1 else 1)
     return context.rollouts(label, suite, (BASELINE,), episodes, tasks, options=other)
 
 

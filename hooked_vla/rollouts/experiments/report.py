@@ -9,13 +9,13 @@ from typing import Any
 from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.outcome import Outcome
+from hooked_vla.rollouts.experiments.publish import REPORT, RESULTS, VERDICTS
 from hooked_vla.rollouts.records import write_file
 
 with needs_analysis_extra():
     import matplotlib.pyplot as plt
     import pandas as pd
 
-REPORT, RESULTS, VERDICTS = "report.md", "results.parquet", "verdicts.json"
 _HOLDS = {True: "holds", False: "**does not hold**", None: "not judged"}
 _MAX_ROWS = 60
 _DPI = 130

@@ -135,7 +135,7 @@ def selection(m: int, group: int, k: int) -> dict[str, int] | None:
     if most > MOST_KEYS:
         return None
     return {"GROUP": group, "BLOCK_G": block_g, "BLOCK_C": block_c, "BLOCK_K": block_k,
-            "num_warps": 4 if most <= 2048 else 8}  # fmt: skip
+            "num_warps": 4 if most <= 1024 else 8 if most <= 4096 else 16}  # fmt: skip
 
 
 def best_group(m: int, k: int) -> int:

@@ -15,6 +15,7 @@ from hooked_vla.cli import app
 from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.definition import find_experiment, list_experiments, read_definition
 from hooked_vla.rollouts.experiments.outcome import Outcome, Verdict
+from hooked_vla.rollouts.experiments.publish import publish, read_verdicts
 from hooked_vla.rollouts.experiments.report import report
 from hooked_vla.rollouts.experiments.run import run_experiment
 from hooked_vla.rollouts.jobs import ModelSource
@@ -177,3 +178,22 @@ def test_the_command_lists_and_runs(tmp_path) -> None:
     assert "acts: holds: 100%" in done.output and (tmp_path / "o" / "report.md").is_file()
     wrong = runner.invoke(app, ["experiment", "run", "E0"])
     assert wrong.exit_code == 2 and "no experiment 'E0'" in wrong.output
+
+
+def test_a_finished_run_is_published_without_its_episodes(tmp_path) -> None:
+    definition = read_definition(TOML.replace("episodes = 4", "episodes = 1"), "T")
+    run_experiment(definition, tmp_path / "full")
+    target = publish(tmp_path / "full", tmp_path / "results")
+    assert target == tmp_path / "results" / "T1" / "act-tabletop"
+    assert {path.name for path in target.iterdir()} == {
+        "experiment.json", "figures", "report.md", "results.parquet", "tables", "verdicts.json",
+    }  # fmt: skip
+    (target / "old.txt").write_text("of an earlier run")
+    assert not (publish(tmp_path / "full", tmp_path / "results") / "old.txt").exists()
+    assert read_verdicts(tmp_path / "results")["T1", "act-tabletop"]["verdicts"]["acts"]["holds"] is True
+
+    run_experiment(definition, tmp_path / "quick", quick=True)
+    with pytest.raises(ValueError, match="is a quick run"):
+        publish(tmp_path / "quick", tmp_path / "results")
+    with pytest.raises(FileNotFoundError, match="not a finished run.*it has no experiment.json"):
+        publish(tmp_path, tmp_path / "results")

@@ -1,0 +1,91 @@
+"""What the experiments on batteries share: what becomes of an arm, its runs beside a rerun, and when to judge."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from hooked_vla.extras import needs_analysis_extra
+from hooked_vla.rollouts.arms import BASELINE, Arm
+from hooked_vla.rollouts.cells import Cell
+from hooked_vla.rollouts.experiments.compare import (
+    GATE,
+    RERUN,
+    Runs,
+    action_normalizer,
+    compare,
+    join,
+    layout_of,
+    read_runs,
+    rerun,
+)
+from hooked_vla.rollouts.experiments.context import Context, Seen
+from hooked_vla.rollouts.settings import Options, Settings, settle
+from hooked_vla.rollouts.suites import get_suite
+
+with needs_analysis_extra():
+    import pandas as pd
+
+# what becomes of an arm: all its episodes change, some do, none does, or the model cannot take it
+CHANGED, PARTLY, UNCHANGED, REFUSED = "changed", "partly changed", "unchanged: not run", "refused: not run"
+RUN = (CHANGED, PARTLY)
+
+
+def limited(context: Context, max_steps: int) -> Options:
+    """The run's options with a limit of environment steps."""
+    return replace(context.options, max_steps=max_steps)
+
+
+def settings_in(context: Context, suite: str, options: Options) -> Settings:
+    """How rollouts of the run's model in a suite will be."""
+    return settle(options, context.model_name, context.model, get_suite(suite))
+
+
+def cell_of(arm: Arm, seen: Seen) -> Cell:
+    """The episode that starts so, under an arm; its number does not matter to arms that observe."""
+    return Cell(0, arm.name, seen.task, seen.seed)
+
+
+def run_suite(context: Context, suite: str, arms: Sequence[Arm], episodes: int, options: Options) -> Runs:
+    """The suite's episodes under the baseline and all arms, and the baseline's rerun."""
+    main = context.rollouts(suite, suite, [BASELINE, *arms], episodes, options=options)
+    again = rerun(context, f"{suite}_rerun", suite, episodes, options=options)
+    return join(read_runs(main), read_runs(again, {BASELINE.name: RERUN}))
+
+
+def compare_suites(context: Context, runs: Iterable[Runs]) -> pd.DataFrame:
+    """`compare` of all suites together, so that p-values are adjusted for all tests of the experiment."""
+    joined = join(*runs)
+    suites = list(dict.fromkeys(joined.episodes["suite"]))
+    layouts = {layout_of(suite) for suite in suites}
+    if len(layouts) != 1:
+        raise ValueError(f"the suites {suites} differ in what their actions are: run them apart")
+    return compare(joined, layouts.pop(), action_normalizer(context.model), seed=context.seed)
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """A table's rows as plain values by column."""
+    return [dict(zip(table.columns, row, strict=True)) for row in table.itertuples(index=False, name=None)]
+
+
+def arms_of(table: pd.DataFrame, suite: str) -> list[dict[str, Any]]:
+    """A suite's rows of a comparison, without the baseline's and its rerun's."""
+    return [row for row in records(table) if row["suite"] == suite and row["arm"] not in (BASELINE.name, RERUN)]
+
+
+def threshold(context: Context, rule: str) -> float:
+    """The number that decides a rule. Raises ValueError where the definition gives none."""
+    number = context.rules[rule].threshold
+    if number is None:
+        raise ValueError(f"{context.definition.id}: the rule {rule!r} needs a threshold")
+    return float(number)
+
+
+def gate_note(table: pd.DataFrame, suite: str) -> str | None:
+    """Why a suite's rows decide nothing: its baseline fails too often; None where it does not."""
+    base = next(row["success"] for row in records(table) if (row["suite"], row["arm"]) == (suite, BASELINE.name))
+    return None if base >= GATE else f"the baseline succeeds in {base:.0%} of {suite}: a floor effect, not judged"
+
+
+def points(share: float) -> str:
+    """A difference of shares in percentage points."""
+    return f"{100 * share:+.1f} pp"
