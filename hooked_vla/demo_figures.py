@@ -100,7 +100,10 @@ def draw_attention(
     images: Mapping[str, Any],
     views: Mapping[str, Mapping[str, CameraView]],
 ) -> None:
-    """Both camera images of run A, and what of them three readers attend to. views: of each reader's keys, by camera."""
+    """Both camera images of run A, and what of them three readers attend to.
+
+    views: of the tokens that each reader reads, by camera.
+    """
     attention = results["attention"]
     figure = Figure(figsize=(13, 7.6), layout="constrained")
     axes = figure.subplots(len(images), 1 + len(attention), squeeze=False)

@@ -52,7 +52,7 @@ class ActionLayout:
 
 def action_cosine(
     first: Float[Tensor, "*batch step d_action"],
-    second: Float[Tensor, "*batch step d_action"],
+    second: Float[Tensor, "*batch steps d_action"],
     layout: ActionLayout,
     preset: Cosine = "per_step",
 ) -> Float[Tensor, "*batch"]:
@@ -83,7 +83,7 @@ def action_cosine(
 
 def action_l2(
     first: Float[Tensor, "*batch step d_action"],
-    second: Float[Tensor, "*batch step d_action"],
+    second: Float[Tensor, "*batch steps d_action"],
     layout: ActionLayout,
 ) -> Float[Tensor, "*batch"]:
     """Mean over time of the Euclidean distance of normalised actions, without the gripper.
@@ -139,7 +139,7 @@ def integrate_actions(
 
 
 def displacement(
-    first: Float[Tensor, "*batch step position"], second: Float[Tensor, "*batch step position"]
+    first: Float[Tensor, "*batch step position"], second: Float[Tensor, "*batch steps position"]
 ) -> Float[Tensor, "*batch"]:
     """Mean over time of the distance between two paths of the end effector, metres: integrated or from states.
 

@@ -37,10 +37,11 @@ __all__ = ["RESIDUALS", "PatchingResult", "activation_patching"]
 class PatchingResult:
     """What a sweep came to.
 
-    table: one row a cell and pair that has such tokens: site, pathway, layer, point (the site's last word), segment ("all" for all tokens at
-    once), denoise_step (none: all), pair; value: the metric; effect: value minus that of the run that is patched;
-    share: effect as part of the donor run's; reaches_action: False for a dead end; replay: why the patch leaves nothing
-    but the donor, empty where it does not. base, donor: the metric of the unpatched runs.
+    table: one row a cell and pair that has such tokens: site, pathway, layer, point (the site's last word), segment
+    ("all" for all tokens at once), denoise_step (none: all), pair; value: the metric; effect: value minus that of the
+    run that is patched; share: effect as part of the donor run's; reaches_action: False for a dead end; replay: why the
+    patch leaves nothing but the donor, empty where it does not.
+    base, donor: the metric of the unpatched runs.
     """
 
     table: pd.DataFrame

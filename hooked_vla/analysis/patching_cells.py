@@ -1,14 +1,14 @@
 """What a sweep patches and between which runs: cells (site × segment × denoise step), and a base run with a donor."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_vla.analysis.patching_resume import Noise, Tape, settled_noise
@@ -58,8 +58,8 @@ def plan_cells(
 ) -> list[Cell]:
     """The cells of a sweep, in the order of the model.
 
-    segments: of the base run's streams. wanted: segments, of which each site gets those that its stream has (None
-    among them: all tokens at once); None: all of them. denoise_steps: a cell for each of these at sites that run
+    segments: of the base run's streams. wanted: segments, of which each site gets those that its stream has ("image:*":
+    all cameras as one; None among them: all tokens); None: each of them. denoise_steps: a cell for each of these at sites that run
     repeatedly; None: one for all steps.
     Raises KeyError for an unknown site, ValueError for segments that no site has, steps that the model does not have,
     and sites that all rows of a batch share.
@@ -71,22 +71,24 @@ def plan_cells(
     steps = None if denoise_steps is None else list(denoise_steps)
     if outside := [step for step in steps or [] if not 0 <= step < model.n_denoise_steps]:
         raise ValueError(f"denoise_steps {outside}: this model's are 0..{model.n_denoise_steps - 1}")
-    cells, used = list[Cell](), set[str | None]()
+    cells, there = list[Cell](), set[str]()
     for name in names:
         own = _segments_of(model, name, segments)
-        chosen = own if wanted is None else [each for each in wanted if each is None or each in own]
-        used.update(chosen)
+        chosen = own if wanted is None else [each for each in wanted if each is None or _among(each, own)]
+        there.update(each for each in own if each is not None)
         each_step = steps if steps is not None and about[name].denoised else [None]
         cells += [Cell(name, segment, step) for segment in chosen for step in each_step]
-    if missing := [each for each in wanted or [] if each not in used]:
-        raise ValueError(f"segments {missing}: no site of the sweep has them; they have {sorted(_said(used))}")
+    if missing := [each for each in wanted or [] if each is not None and not _among(each, there)]:
+        raise ValueError(f"segments {missing}: no site of the sweep has them; they have {sorted(there)}")
     if not cells:
-        raise ValueError(f"nothing to patch: no site of {names[:3]} has a segment of {list(wanted or [])}")
+        raise ValueError(f"nothing to patch: {names[:3]} have the segments {sorted(there)}, wanted were {wanted}")
     return cells
 
 
-def _said(segments: set[str | None]) -> list[str]:
-    return [each for each in segments if each is not None]
+def _among(segment: str, own: Collection[str | None]) -> bool:
+    """Whether a segment, or one of several under a name that ends in "*", is among a stream's."""
+    prefix = segment.removesuffix("*")
+    return segment in own or (prefix != segment and any(each is not None and each.startswith(prefix) for each in own))
 
 
 def _segments_of(model: HookedModel, site: str, segments: dict[str, Segments]) -> Sequence[str | None]:
@@ -195,12 +197,17 @@ class Runs:
 
     def has(self, cell: Cell, pair: int) -> bool:
         """Whether the base run of the pair has tokens of the segment."""
+        mask = self.mask(cell, pair)
+        return mask is None or bool(mask.any())
+
+    def mask(self, cell: Cell, pair: int) -> Bool[Tensor, "row place"] | None:
+        """The cell's tokens in the pair's rows of the base run's stream; None: all that there are."""
         stream = _stream(self.model, cell.site)
         if cell.segment is None or stream is None:
-            return True
+            return None
         mask = self.segments[stream].mask(cell.segment)
         each = len(mask) // self.rows
-        return bool(mask[pair * each : (pair + 1) * each].any())
+        return mask[pair * each : (pair + 1) * each]
 
     def source(self, cell: Cell, pair: int) -> Values:
         """What the donor of a pair has there: the whole stream where both runs' are equally long, so that tokens keep
@@ -209,11 +216,12 @@ class Runs:
         Raises ValueError where these are not equally many.
         """
         stream, row_axis = _stream(self.model, cell.site), self.model.points[cell.site].axes[0]
-        whole = cell.segment is None or stream is None
-        if not whole and row_axis == "batch":
+        segment = cell.segment
+        whole = segment is None or stream is None
+        if segment is not None and stream is not None and row_axis == "batch":
             tables = self.segments[stream], self.donor_segments[stream]
             whole = tables[0].labels.shape[1] == tables[1].labels.shape[1]
-            counts = [int(table.mask(cell.segment)[pair].sum()) for table in tables]
+            counts = [int(table.mask(segment)[pair].sum()) for table in tables]
             if not whole and counts[0] != counts[1]:
                 raise ValueError(
                     f"{cell.site}: the segment {cell.segment!r} has {counts[0]} tokens in the run that is patched and "

@@ -23,7 +23,6 @@ from hooked_vla.extras import needs_analysis_extra
 with needs_analysis_extra():
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression, RidgeCV
-    from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import GroupKFold
 
 Kind = Literal["ridge", "logistic"]
@@ -32,8 +31,6 @@ Fold = tuple[np.ndarray, np.ndarray]
 # strengths of ridge regression's penalty on standardised columns, of which generalised cross-validation chooses
 ALPHAS = tuple(10.0**power for power in range(-1, 6))
 _N_RESAMPLES = 1000
-# a resample without one of the classes, or without spread, has no score
-_MOST_TRIES = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,6 +175,8 @@ def score_probe(
     Raises as `fit_probe` and `grouped_folds`, and ValueError for a class that one fold alone has (nothing is left to
     learn it from), numbers that do not vary, or a metric that is not the kind's.
     """
+    if kind not in get_args(Kind):
+        raise ValueError(f"unknown kind of probe {kind!r}; kinds: {list(get_args(Kind))}")
     chosen: Metric = metric or ("r2" if kind == "ridge" else "accuracy")
     if chosen not in get_args(Metric) or (chosen == "r2") != (kind == "ridge"):
         raise ValueError(f"{kind} probes are not scored by {chosen!r}: ridge by r2, logistic by accuracy or auc")
@@ -195,11 +194,10 @@ def score_probe(
         probe = fit_probe(x[train], y[train], kind, c)
         found = probe.outputs(x[test])[:, 0] if chosen == "auc" else probe.predict(x[test])
         predictions[test] = found.reshape(predictions[test].shape)
-    marker = _Marker(chosen, y, predictions, within)
-    low, high = marker.interval(groups, seed)
+    marker = _Marker(chosen, y, predictions, groups, within)
+    low, high = marker.interval(seed)
     return ProbeScore(
-        chosen, marker.score(np.arange(len(y))), low, high, marker.chance(), len(y), len(set(groups)), len(folds),
-        predictions,
+        chosen, marker.score, low, high, marker.chance, len(y), marker.n, len(folds), predictions
     )  # fmt: skip
 
 
@@ -276,54 +274,72 @@ def metadata_features(columns: Mapping[str, ArrayLike]) -> Float64[np.ndarray, "
 
 
 class _Marker:
-    """Scores predictions on any choice of rows."""
+    """Scores predictions on any choice of groups: groups weigh as often as they were chosen.
 
-    def __init__(self, metric: Metric, y: np.ndarray, predictions: np.ndarray, within: Sequence[Hashable] | None):
-        self.metric, self.y, self.predictions = metric, y, predictions
+    Every metric is a ratio of sums over groups, [group output] or, for pairs of rows, [group group].
+    """
+
+    def __init__(
+        self,
+        metric: Metric,
+        y: np.ndarray,
+        predictions: np.ndarray,
+        groups: Sequence[Hashable],
+        within: Sequence[Hashable] | None,
+    ) -> None:
+        self.metric, self.y = metric, y
+        names = {name: i for i, name in enumerate(dict.fromkeys(groups))}
+        self.number, self.n = np.array([names[each] for each in groups]), len(names)
         if metric == "r2":
             targets, found = y.reshape(len(y), -1), predictions.reshape(len(y), -1)
-            self.missed = np.square(targets - found)
-            self.spread = np.square(targets - _means(targets, within))
-            if flat := np.flatnonzero(self.spread.sum(0) == 0).tolist():
+            self.above = self._sums(np.square(targets - found))
+            self.below = self._sums(np.square(targets - _means(targets, within)))
+            if flat := np.flatnonzero(self.below.sum(0) == 0).tolist():
                 raise ValueError(f"outputs {flat} do not vary" + (" within the groups" if within is not None else ""))
         elif metric == "accuracy":
-            self.right = np.array(predictions == y, np.float64)
+            self.above = self._sums(np.array(predictions == y, np.float64)[:, None])
+            self.below = self._sums(np.ones((len(y), 1)))
+        else:
+            self._count_pairs(y == np.unique(y)[1], predictions)
 
-    def score(self, rows: np.ndarray) -> float:
-        """NaN where these rows have no score."""
-        if self.metric == "accuracy":
-            return float(self.right[rows].mean())
-        if self.metric == "auc":
-            kinds = np.unique(self.y)
-            chosen = self.y[rows] == kinds[1]
-            return float("nan") if chosen.all() or not chosen.any() else float(
-                roc_auc_score(chosen, self.predictions[rows])
-            )  # fmt: skip
-        spread = self.spread[rows].sum(0)
-        return float((1 - self.missed[rows].sum(0) / spread).mean()) if spread.all() else float("nan")
+    def _sums(self, values: np.ndarray) -> np.ndarray:
+        sums = np.zeros((self.n, values.shape[1]))
+        np.add.at(sums, self.number, values)
+        return sums
 
+    def _count_pairs(self, second: np.ndarray, scores: np.ndarray) -> None:
+        """above: how often a row of the second class in group i outscores one of the first in group j, ties half."""
+        self.above = np.zeros((self.n, self.n))
+        for j in range(self.n):
+            others = np.sort(scores[(self.number == j) & ~second])
+            wins = (np.searchsorted(others, scores, "left") + np.searchsorted(others, scores, "right")) / 2
+            self.above[:, j] = self._sums(np.where(second, wins, 0.0)[:, None])[:, 0]
+        counts = self._sums(np.stack([second, ~second], 1).astype(np.float64))
+        self.below = np.outer(counts[:, 0], counts[:, 1])
+
+    def scores(self, times: Float64[np.ndarray, "draw group"]) -> Float64[np.ndarray, " draw"]:
+        """NaN where what was chosen has no score: one class, or no spread."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            if self.metric == "auc":
+                pairs = (np.einsum("rg,gh,rh->r", times, each, times) for each in (self.above, self.below))
+                return np.divide(*pairs)
+            ratio = (times @ self.above) / (times @ self.below)
+        return (1 - ratio if self.metric == "r2" else ratio).mean(1)
+
+    @property
+    def score(self) -> float:
+        return float(self.scores(np.ones((1, self.n)))[0])
+
+    @property
     def chance(self) -> float:
         if self.metric == "accuracy":
             return float(np.unique(self.y, return_counts=True)[1].max() / len(self.y))
         return 0.5 if self.metric == "auc" else 0.0
 
-    def interval(self, groups: Sequence[Hashable], seed: int) -> tuple[float, float]:
-        """95 % by resampling whole groups."""
-        rows: dict[Hashable, list[int]] = {}
-        for i, name in enumerate(groups):
-            rows.setdefault(name, []).append(i)
-        blocks, rng = [np.array(each) for each in rows.values()], np.random.default_rng(seed)
-        scores: list[float] = []
-        for _ in range(_N_RESAMPLES):
-            for _ in range(_MOST_TRIES):
-                drawn = rng.integers(len(blocks), size=len(blocks))
-                score = self.score(np.concatenate([blocks[i] for i in drawn]))
-                if score == score:
-                    scores.append(score)
-                    break
-        if not scores:
-            return float("nan"), float("nan")
-        low, high = np.quantile(scores, [0.025, 0.975])
+    def interval(self, seed: int) -> tuple[float, float]:
+        """95 % by resampling whole groups; resamples without a score are left out."""
+        drawn = np.random.default_rng(seed).multinomial(self.n, np.full(self.n, 1 / self.n), size=_N_RESAMPLES)
+        low, high = np.nanquantile(self.scores(drawn.astype(np.float64)), [0.025, 0.975])
         return float(low), float(high)
 
 

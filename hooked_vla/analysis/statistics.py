@@ -8,10 +8,10 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
 from numpy.typing import ArrayLike
 
 from hooked_vla.extras import needs_analysis_extra
@@ -148,7 +148,7 @@ def paired_permutation(first: ArrayLike, second: ArrayLike, n_resamples: int = 9
     with needs_analysis_extra():
         from scipy.stats import permutation_test
 
-    def mean_difference(x: Float[np.ndarray, "..."], y: Float[np.ndarray, "..."], axis: int) -> np.ndarray:
+    def mean_difference(x: np.ndarray, y: np.ndarray, axis: int) -> Any:
         return (x - y).mean(axis=axis)
 
     rng = np.random.default_rng(seed)

@@ -137,8 +137,6 @@ def paired_pca(
 
     first, second: the two of each pair. Raises as `pca`.
     """
-    if first.shape != second.shape:
-        raise ValueError(f"pairs need equal shapes, got {list(first.shape)} and {list(second.shape)}")
     return _principal(_finite(second) - _finite(first), _mean(torch.cat([first, second])), k, method, site)
 
 

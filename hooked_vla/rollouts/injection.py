@@ -58,7 +58,7 @@ class Told:
 
 
 @dataclass(frozen=True)
-class PromptArm:
+class ToldArm:
     """The policy is told something else, from some environment step on: `told`, each entry until the next one's start.
 
     Raises ValueError for no entries, or two of them from the same step on.
@@ -88,7 +88,7 @@ class InjectionArm:
     """Episodes into which those of a recording are injected, each cell's own donor.
 
     recording: a folder that an ActivationRecorder wrote, in which all sites of the injection are; it must be there
-    when the arm is used. donors: scene -> the donor's episode number in the recording. told: as PromptArm has it; none:
+    when the arm is used. donors: scene -> the donor's episode number in the recording. told: as ToldArm has it; none:
     the episode's own instruction. max_bytes: what a group's donors may take in memory, where they are held while the
     group runs.
     """
@@ -111,7 +111,7 @@ class InjectionArm:
 
         Raises FileNotFoundError where the recording is not there; ValueError where it lacks a donor.
         """
-        recording = _open(self.recording)
+        recording = open_recording(self.recording)
         if missing := sorted(set(self.donors.values()) - set(recording.episodes)):
             raise ValueError(f"arm {self.name!r}: donors {missing[:10]} are not in the recording {self.recording}")
         return {
@@ -133,7 +133,7 @@ class InjectionArm:
         more than max_bytes.
         """
         wanted = [self._episode(cell) if cell.arm == self.name else None for cell in rows]
-        recording = _open(self.recording)
+        recording = open_recording(self.recording)
         sites = resolve(list(self.injection.sites), list(recording.sites))
         loaded = load_donors(recording, sorted({each for each in wanted if each is not None}), sites, self.injection,
                              self.max_bytes, f"arm {self.name!r}")  # fmt: skip
@@ -297,7 +297,7 @@ def _listed(by_scene: Any) -> list[list[Any]]:
     return [[scene.task, scene.seed, value] for scene, value in by_scene.items()]
 
 
-def _open(folder: Path | str) -> ActivationRecording:
+def open_recording(folder: Path | str) -> ActivationRecording:
     """The recording as it is now; read once for all arms and groups of a process."""
     path = Path(folder).absolute()
     files = sorted((path / "index").glob("*/*"))

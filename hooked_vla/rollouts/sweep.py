@@ -106,7 +106,7 @@ def make_plan(
     Arguments as for `run_rollouts`. The model is loaded to be looked at, and let go again.
     Raises ValueError for no scenes, an unknown suite or task, arms that cannot be told apart, a model whose cameras,
     state or action width are not the suite's, a task that has no expert where that is to act, and numbers below 1; and
-    what loading the model raises.
+    what loading the model and making an environment raise.
     """
     return _plan(model, get_suite(suite) if isinstance(suite, str) else suite, scenes, arms, options, name)[0]
 
@@ -177,6 +177,8 @@ def _plan(
         make_expert = ExpertActor(suite).make
         for task in dict.fromkeys(scene.task for scene in scenes):
             make_expert(task)
+        # what the simulator lacks is found before anything is written; for a model, trying it out does that
+        suite.make(scenes[0].task, (), 1).close()
     else:
         if isinstance(source, ModelSource) and (spec := source.spec()) is not None:
             # before weights are made

@@ -90,8 +90,11 @@ def configurations(op: str) -> Sequence[Config]:
     return importlib.import_module(f"hooked_vla.kernels.{op}.fused").CONFIGS
 
 
-def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack) of the one function in a cubin; without spills its stack is empty."""
+def _nvidia_resources(cubin: bytes, ptx: str) -> tuple[int, int]:
+    """(registers, bytes of stack for registers that spill) of the one function in a cubin.
+
+    The PTX may ask for some stack itself, before registers are given out; that is no spill.
+    """
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -102,7 +105,9 @@ def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if found is None:
         raise ValueError(f"no resource usage in cuobjdump's output: {text!r}")
-    return int(found[1]), int(found[2])
+    asked = sum(int(size) for size in re.findall(r"__local_depot\d+\[(\d+)\]", ptx))
+    # stacks are made of 8 bytes each
+    return int(found[1]), max(0, int(found[2]) - -(-asked // 8) * 8)
 
 
 def _amd_resources(assembly: str) -> tuple[int, int]:
@@ -135,7 +140,7 @@ def compile_config(op: str, config: Config, target: str) -> Compiled:
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **config.options}
     made = triton.compile(source, target=GPUTarget(backend, arch, lanes), options=options)
     if backend == "cuda":
-        text, (registers, spills) = made.asm["ptx"], _nvidia_resources(made.asm["cubin"])
+        text, (registers, spills) = made.asm["ptx"], _nvidia_resources(made.asm["cubin"], made.asm["ptx"])
     else:
         text = made.asm["amdgcn"]
         registers, spills = _amd_resources(text)

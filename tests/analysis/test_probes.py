@@ -130,7 +130,8 @@ def test_r2_within_groups_gives_nothing_for_telling_them_apart() -> None:
     x = np.eye(12)[number]
     rows = list(range(N))
     assert score_probe(x, y, rows, "ridge", n_folds=5).score > 0.9
-    assert abs(score_probe(x, y, rows, "ridge", n_folds=5, within=GROUPS).score) < 0.1
+    # a little below 0: the means are those of other rows
+    assert -0.2 < score_probe(x, y, rows, "ridge", n_folds=5, within=GROUPS).score <= 0
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,6 @@ def test_r2_within_groups_gives_nothing_for_telling_them_apart() -> None:
         ({"n_folds": 5}, "5 folds of 3 groups"),
         ({"groups": [0, 1]}, "6 rows, but groups has 2"),
         ({"y": np.arange(5.0)}, "one label a row"),
-        ({"kind": "svm"}, "unknown kind of probe 'svm'"),
         ({"metric": "auc"}, "ridge probes are not scored by 'auc'"),
         ({"y": ["a", "a", "b", "b", "c", "c"], "kind": "logistic"}, r"classes \['.'\] are in the groups \[.\] alone"),
         ({"y": list("abcabc"), "kind": "logistic", "metric": "auc"}, "auc is of two classes"),

@@ -166,7 +166,7 @@ def test_edits_of_a_subspace(tiny_model: HookedVLA) -> None:
 def test_what_is_no_subspace_is_refused() -> None:
     eye = torch.eye(3)
     for basis, center, message in (
-        (eye, torch.zeros(2), "a basis .k d. and a center"),
+        (torch.eye(4)[:, :3], torch.zeros(3), "a basis .k d. and a center"),
         (torch.ones(2, 3), torch.zeros(3), "not orthonormal"),
         (eye * float("nan"), torch.zeros(3), "NaN or infinite"),
     ):
@@ -181,7 +181,6 @@ def test_what_is_no_subspace_is_refused() -> None:
         (lambda: lda(x, ["a"] * 19), "20 rows of activations, but 19 labels"),
         (lambda: mean_difference(x, [i % 3 for i in range(20)], 3), "3 dimensions were asked for; there are 1 to 2"),
         (lambda: pca(x, 1, within=[0]), "20 rows of activations, but 1 of within"),
-        (lambda: paired_pca(x, x[:3], 1), "pairs need equal shapes"),
         (lambda: random_subspace(3, 4, 0), "random: 4 dimensions were asked for; there are 1 to 3"),
         (lambda: from_directions(torch.zeros(2, 3), "mine"), "directions are all zero"),
         (lambda: random_subspace(3, 2, 0).first(3), "random: 3 of 2 dimensions"),

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -78,6 +79,7 @@ def test_a_run_injected_into_itself_keeps_every_bit(family: str) -> None:
              if name.rpartition(".")[2] in LEAVES and point.axes[0] in ROW_AXES]  # fmt: skip
     assert any(model.hook_points[site].reaches_action for site in sites)
     plain, cache = model.run_with_cache(golden.batch, sites, golden.noise)
+    assert plain is not None
     donors = [Donor.from_caches("itself", {8: cache}, row) for row in range(cache.batch_size)]
     with injected(model, Injection(sites, "error"), donors, 8):
         again = model(golden.batch, golden.noise)
@@ -98,8 +100,11 @@ def test_a_run_injected_into_itself_keeps_every_bit(family: str) -> None:
 
 def test_an_injection_is_a_patch_from_the_donor(tiny_model: HookedVLA, other, noise: Tensor) -> None:
     obs = make_observation()
-    for site, keywords in ((VLM, {}), (VLM, {"tokens": "image:*"}), (KEYS, {"tokens": ["image:agent", "state"]}),
-                           (EXPERT, {"denoise": [1, 3]}), (EXPERT, {"positions": [0, 5]})):  # fmt: skip
+    cases: list[tuple[str, dict[str, Any]]] = [
+        (VLM, {}), (VLM, {"tokens": "image:*"}), (KEYS, {"tokens": ["image:agent", "state"]}),
+        (EXPERT, {"denoise": [1, 3]}), (EXPERT, {"positions": [0, 5]}),
+    ]  # fmt: skip
+    for site, keywords in cases:
         donors = donors_of(tiny_model, other, noise, site)
         mine = run(tiny_model, obs, noise, Injection(site, "error", **keywords), [donors[0], None])
         with torch.no_grad():
@@ -242,7 +247,7 @@ def test_tokens_of_unequal_prompts_are_mapped_or_refused(tiny_model: HookedVLA, 
         ({"env": []}, "env is empty"),
     ],
 )
-def test_what_makes_no_sense_is_refused(keywords: dict, message: str) -> None:
+def test_what_makes_no_sense_is_refused(keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Injection(VLM, "error", **keywords)
 
@@ -250,14 +255,15 @@ def test_what_makes_no_sense_is_refused(keywords: dict, message: str) -> None:
 def test_places_that_are_not_there_are_named(tiny_model: HookedVLA, other, noise: Tensor) -> None:
     obs = make_observation()
     donors = donors_of(tiny_model, other, noise, [VLM, EXPERT, "vlm.hook_embed_state", "head.hook_actions"])
-    for site, keywords, message in (
+    cases: list[tuple[str, dict[str, Any], str]] = [
         (VLM, {"tokens": "words"}, "injection: vlm.blocks.1.hook_resid_post: no token segment 'words'"),
         (VLM, {"positions": 10_000}, r"positions \[10000\]: it has places 0\.\."),
         (VLM, {"denoise": 1}, "denoise: vlm.blocks.1.hook_resid_post runs once per chunk"),
         (VLM, {"tokens": "language", "positions": 0}, "nothing is left to inject at vlm.blocks.1.hook_resid_post"),
         ("head.hook_actions", {"tokens": "action"}, "head.hook_actions has no token segments"),
         (VLM, {"tokens": "language", "align": {"language": [(99, 0)]}}, r"align pairs \[\(99, 0\)\] of 'language'"),
-    ):
+    ]
+    for site, keywords, message in cases:
         with pytest.raises(ValueError, match=message):
             run(tiny_model, obs, noise, Injection(site, "error", **keywords), [donors[0], None])
     with pytest.raises(ValueError, match="no row has a donor"):

@@ -15,7 +15,7 @@ from hooked_vla.rollouts.arms import BASELINE, describe_arms
 from hooked_vla.rollouts.cells import Cell, Scene
 from hooked_vla.rollouts.injection import (
     InjectionArm,
-    PromptArm,
+    ToldArm,
     Source,
     Told,
     cross_seed,
@@ -40,15 +40,23 @@ class FarEnv(ToyEnv):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed, options=options)
-        self.goal = 1000 + seed % 4
+        self.goal = 1000 + (seed or 0) % 4
         return self._observe(), self._info()
 
 
 SUITE = toy_suite(make=FarEnv)
 
 
+NOISE = "expert.hook_noisy_actions"
+
+
 def sites() -> list[str]:
-    return residual_sites(tiny(MODEL))
+    return [*residual_sites(tiny(MODEL)), NOISE]
+
+
+def replaying() -> list[str]:
+    """All that the expert makes actions of: what it has seen, and the noise that it starts from."""
+    return [*stream_sites(tiny(MODEL), "expert"), NOISE]
 
 
 def sweep(
@@ -89,7 +97,7 @@ def test_episodes_injected_into_themselves_are_the_same_bytes(source, tmp_path: 
 def test_a_cut_set_replays_each_cells_own_donor_while_it_lasts(source, tmp_path: Path) -> None:
     """Arms share a batch: what is injected into one leaves the others' rows alone."""
     recording, done = source
-    found, stream = sources_of(done.episodes), stream_sites(tiny(MODEL), "expert")
+    found, stream = sources_of(done.episodes), replaying()
     donors = cross_seed(found, [each.scene for each in found])
     assert sorted(donors.values()) == [0, 1, 2, 3] and all(donors[each.scene] != each.episode for each in found)
     windows = [Injection(stream, "error", env=range(start, start + 2)) for start in (0, 2)]
@@ -105,7 +113,7 @@ def test_a_cut_set_replays_each_cells_own_donor_while_it_lasts(source, tmp_path:
 
 def test_when_a_donor_has_ended_the_policy_says_what_happens(source, tmp_path: Path) -> None:
     recording, done = source
-    found, stream = sources_of(done.episodes), stream_sites(tiny(MODEL), "expert")
+    found, stream = sources_of(done.episodes), replaying()
     donors = cross_seed(found, [each.scene for each in found])
     longer = Options(n_envs=12, max_steps=8, n_action_steps=2, image_size=32)
 
@@ -141,9 +149,9 @@ def test_another_rhythm_is_an_error(source, tmp_path: Path) -> None:
 def test_what_is_told_reaches_the_model_from_its_step_on(tmp_path: Path) -> None:
     arms = [
         BASELINE,
-        PromptArm("null", [Told("")]),
-        PromptArm("switch", [Told("go somewhere else", 2)]),
-        PromptArm("back", [Told({Scene("walk", 0): "go far away", Scene("run", 1): "go"}), Told(None, 3)]),
+        ToldArm("null", [Told("")]),
+        ToldArm("switch", [Told("go somewhere else", 2)]),
+        ToldArm("back", [Told({Scene("walk", 0): "go far away", Scene("run", 1): "go"}), Told(None, 3)]),
     ]
     run = run_rollouts(tiny(MODEL), SUITE, 2, 0, TASKS, arms, tmp_path / "run", OPTIONS)
     plain, null, switch, back = (actions(run, arm.name) for arm in arms)
@@ -162,9 +170,9 @@ def test_what_is_told_reaches_the_model_from_its_step_on(tmp_path: Path) -> None
     with pytest.raises(
         ValueError, match=r"arm 'a': what is told starts at different env_steps from 0 on, got \[0, 0\]"
     ):
-        PromptArm("a", [Told("x"), Told("y")])
+        ToldArm("a", [Told("x"), Told("y")])
     with pytest.raises(ValueError, match="arm 'a' tells nothing"):
-        PromptArm("a", [])
+        ToldArm("a", [])
 
 
 def test_donors_are_chosen_by_scene() -> None:

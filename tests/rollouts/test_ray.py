@@ -114,12 +114,15 @@ def test_models_and_functions_travel(cluster: Cluster, tmp_path: Path) -> None:
 
 
 def stumbler(task: str):
-    raise ArithmeticError("stumbled")
+    def stumble(env: object):
+        raise ArithmeticError("stumbled")
+
+    return stumble
 
 
 def test_errors_come_with_their_traceback(cluster: Cluster, tmp_path: Path) -> None:
     plan = make_plan("expert", toy_suite(expert=lambda task: stumbler(task)), SCENES[:2])
-    with pytest.raises(RuntimeError, match="(?s)at episode 0 .*ArithmeticError: stumbled.*in the worker:.*in stumbler"):
+    with pytest.raises(RuntimeError, match="(?s)at episode 0 .*ArithmeticError: stumbled.*in the worker:.*in stumble"):
         run_plans([plan], [tmp_path], RayExecutor(1))
     with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
         RayExecutor(0)

@@ -1,5 +1,6 @@
 """Sweeps: the same call gives the same bytes, also in pieces; arms share seeds and noise, rows of a batch nothing."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,16 @@ def test_several_models_share_an_executor(tmp_path: Path) -> None:
     assert files(tmp_path / "alone") == files(tmp_path / "1") and alone.episodes == together[1].episodes
     with pytest.raises(ValueError, match="3 plans, but 1 folders"):
         run_plans(plans, [None])
+
+
+def test_what_a_simulator_lacks_is_found_before_anything_is_written(tmp_path: Path) -> None:
+    def lacking(task: str, cameras: Sequence[str], image_size: int) -> ToyEnv:
+        raise FileNotFoundError("the data files lack scene.xml")
+
+    for model in ("expert", ModelSource("act", "tiny")):
+        with pytest.raises(FileNotFoundError, match=r"lack scene\.xml"):
+            run_rollouts(model, toy_suite(make=lacking), 2, 0, out=tmp_path / "out")
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_expert_gets_there_and_results_need_no_folder() -> None:

@@ -142,12 +142,12 @@ def _warp(kornia: Any, x: Tensor, moved: Tensor) -> Tensor:
     )
 
 
-def _turn(degrees: float) -> Change:
+def _turn(degrees: int) -> Change:
     """Counter-clockwise by so many degrees times the strength."""
 
     def matrix(s: float) -> tuple[float, float, float, float, float, float]:
         c, t = cos(radians(degrees * s)), sin(radians(degrees * s))
-        return c, t, 0, -t, c, 0
+        return c, t, 0.0, -t, c, 0.0
 
     return _affine(matrix)
 

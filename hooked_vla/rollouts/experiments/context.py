@@ -20,7 +20,7 @@ from hooked_vla.rollouts.manifest import describe_model, describe_versions
 from hooked_vla.rollouts.records import write_file
 from hooked_vla.rollouts.runner import Watcher
 from hooked_vla.rollouts.settings import Options, native_image_size
-from hooked_vla.rollouts.suites import get_suite, observation
+from hooked_vla.rollouts.suites import Suite, get_suite, observation
 from hooked_vla.rollouts.sweep import Rollouts, run_rollouts
 from hooked_vla.vla import HookedVLA
 
@@ -116,7 +116,7 @@ class Context:
     def rollouts(
         self,
         label: str,
-        suite: str,
+        suite: str | Suite,
         arms: Sequence[Arm] = (BASELINE,),
         episodes: int = 1,
         tasks: Sequence[str] | None = None,

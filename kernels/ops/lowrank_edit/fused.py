@@ -153,7 +153,7 @@ def blocks(d: int, r: int, narrow: bool) -> Blocks:
     split_d, ranks = max(256, _power_of_2(d, 1, 1 << 30) // 4), _power_of_2(r, 16, 64)
     if narrow:
         return Blocks(split_d, ranks, _power_of_2(d, 16, 64), ranks, _power_of_2(d, 16, 128), apply_warps=4)
-    return Blocks(split_d, ranks, 16, 16, _power_of_2(d, 16, 64), apply_warps=8)
+    return Blocks(split_d, ranks, 16, 16, _power_of_2(d, 16, 32), apply_warps=8)
 
 
 def lowrank_edit(

@@ -141,11 +141,12 @@ def segment_add(
 
     validate: look at the values too (default: on a CPU only, since it synchronises).
     Raises TypeError for wrong dtypes; ValueError for wrong shapes, devices and layouts, and when values are looked at
-    for segment numbers out of range and NaN or infinity in delta.
+    for segment numbers out of range and NaN or infinity in delta or a segment's token.
     """
     check_matrix("segment_add", "x", x, (None, None), DTYPES)
     check_matrix("segment_add", "delta", delta, (None, x.shape[1]), _wide(x), x.device)
     if _check_segments("segment_add", x, segment, delta.shape[0], validate):
+        check_finite("segment_add", "x", x, rows=segment >= 0)
         check_finite("segment_add", "delta", delta)
     return add_op(x, delta, segment)
 

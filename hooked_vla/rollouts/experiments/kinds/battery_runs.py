@@ -1,6 +1,6 @@
 """What the experiments on batteries share: what becomes of an arm, its runs beside a rerun, and when to judge."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -65,6 +65,11 @@ def compare_suites(context: Context, runs: Iterable[Runs]) -> pd.DataFrame:
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """A table's rows as plain values by column."""
     return [dict(zip(table.columns, row, strict=True)) for row in table.itertuples(index=False, name=None)]
+
+
+def keep(table: pd.DataFrame, wanted: Callable[[dict[str, Any]], bool]) -> pd.DataFrame:
+    """The rows of a table that are wanted."""
+    return pd.DataFrame([row for row in records(table) if wanted(row)], columns=list(table.columns))
 
 
 def arms_of(table: pd.DataFrame, suite: str) -> list[dict[str, Any]]:

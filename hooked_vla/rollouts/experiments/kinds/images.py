@@ -22,6 +22,7 @@ from hooked_vla.rollouts.experiments.kinds.battery_runs import (
     cell_of,
     compare_suites,
     gate_note,
+    keep,
     limited,
     points,
     records,
@@ -79,16 +80,18 @@ def run(context: Context, settings: Settings) -> Outcome:
     table = compare_suites(context, runs.values())
     table.insert(2, "group", [_group(arms, arm) for arm in table["arm"]])
     table.insert(3, "strength", [arms[arm].strength if arm in arms else float("nan") for arm in table["arm"]])
-    bars = success_bars(table[table["strength"].isin([1.0]) | (table["group"] == "")], reference=BASELINE.name)
+    at_one = keep(table, lambda row: row["arm"] not in arms or row["strength"] == 1)
+    bars = success_bars(at_one, reference=BASELINE.name)
     figures = {
         "success": (bars, "Success under every change of the pictures at strength 1; dashed: the baseline's."),
         "pictures": (_pictures(context, settings), "The first picture of the first episode, as each kind changes it."),
     }
     if len(settings.strengths) > 1:
-        graded = table[[arm in arms and IMAGE_KINDS[arms[arm].kind].graded for arm in table["arm"]]]
-        graded = graded.assign(kind=[arms[arm].kind for arm in graded["arm"]])
+        graded = keep(table, lambda row: row["arm"] in arms and IMAGE_KINDS[arms[row["arm"]].kind].graded)
+        graded.insert(0, "kind", [arms[arm].kind for arm in graded["arm"]])
         for suite in suites:
-            drawn = curve(graded[graded["suite"] == suite], "strength", "success", "kind", title=suite)
+            mine = keep(graded, lambda row, suite=suite: row["suite"] == suite)
+            drawn = curve(mine, "strength", "success", "kind", title=suite, ylabel="success")
             figures[f"strengths_{suite}"] = (drawn, f"Success in {suite} over the strength of the change.")
     return Outcome(
         main=table,
@@ -180,7 +183,7 @@ def _pictures(context: Context, settings: Settings) -> Figure:
     columns = min(7, len(arms) + 1)
     rows = -(-(len(arms) + 1) // columns)
     figure = new_figure(1.5 * columns, 1.75 * rows)
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for place in axes:
         place.set_axis_off()
     shown = [(BASELINE.name, frame), *((a.name, a.observe(cell_of(a, start), 0, frame)) for a in arms)]

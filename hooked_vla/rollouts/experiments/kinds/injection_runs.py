@@ -1,0 +1,199 @@
+"""What the experiments on injection share: recorded donors, prompts that say nothing, and how episodes are set against
+their sources.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hooked_vla.inputs import Observation
+from hooked_vla.interventions.injection_sites import choose_sites
+from hooked_vla.rollouts.activations import ActivationRecorder, ActivationWatcher
+from hooked_vla.rollouts.arms import BASELINE
+from hooked_vla.rollouts.cells import Scene, spread_scenes
+from hooked_vla.rollouts.experiments.compare import Normalize, Runs, cosine, read_runs
+from hooked_vla.rollouts.experiments.context import Context
+from hooked_vla.rollouts.injection import Source, sources_of
+from hooked_vla.rollouts.settings import Options
+from hooked_vla.rollouts.suites import get_suite
+from hooked_vla.vla import HookedVLA
+
+# with the noise, what the expert has seen is all that actions are made of
+NOISE = "expert.hook_noisy_actions"
+# words that name neither thing nor place; the first of which a tokenizer makes one token each is repeated
+FILLERS = ("the", "a", "it", "and")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Episodes whose activations were kept. folder: of the recording; runs: how they went."""
+
+    folder: Path
+    sources: tuple[Source, ...]
+    runs: Runs
+
+    @property
+    def scenes(self) -> list[Scene]:
+        return [source.scene for source in self.sources]
+
+    def length(self, episode: int) -> int:
+        """Environment steps of an episode."""
+        return len(self.runs.actions[self.row(episode)])
+
+    def row(self, episode: int) -> int:
+        """Row of an episode in `runs`."""
+        return self.runs.episodes["episode"].tolist().index(episode)
+
+
+def record(
+    context: Context, label: str, suite: str, sites: Sequence[str], episodes: int, options: Options,
+    tasks: Sequence[str] | None = None,
+) -> Recorded:  # fmt: skip
+    """The suite's episodes without any edit, with everything that these sites held."""
+    about = {"model": context.model_name, "suite": suite, "seed": context.seed, "tasks": tasks and list(tasks)}
+    with ActivationRecorder(context.folder(label), about) as recorder:
+        watcher = ActivationWatcher(recorder, list(sites))
+        done = context.rollouts(label, suite, (BASELINE,), episodes, tasks, [watcher], options=options)
+    return Recorded(context.folder(label), tuple(sources_of(done.episodes)), read_runs(done))
+
+
+def scenes_of(context: Context, suite: str, episodes: int, tasks: Sequence[str] | None = None) -> list[Scene]:
+    """The scenes of rollouts of the suite in this run."""
+    names = [task.id for task in get_suite(suite).tasks] if tasks is None else tasks
+    return list(spread_scenes(names, episodes, context.seed))
+
+
+def turned_tasks(suite: str, shift: int) -> list[str]:
+    """The suite's tasks, each in the place of the one that stands `shift` before it: with the same seeds, every scene
+    has another task then.
+
+    Raises ValueError where a task would take its own place.
+    """
+    tasks = [task.id for task in get_suite(suite).tasks]
+    if shift % len(tasks) == 0:
+        raise ValueError(f"shift={shift} gives every one of the {len(tasks)} tasks of {suite!r} its own place")
+    return [*tasks[shift % len(tasks) :], *tasks[: shift % len(tasks)]]
+
+
+def sites_in(model: HookedVLA, texts: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Hook points by text, as `choose_sites` takes them; and what the model does not have, in words."""
+    found, lacking = {}, []
+    for text in texts:
+        try:
+            found[text] = choose_sites(model, text)
+        except ValueError as error:
+            lacking.append(f"{text} was not run: {error}")
+    return found, lacking
+
+
+def with_noise(model: HookedVLA, sites: Sequence[str]) -> list[str]:
+    """The sites, and the noise that the model's actions start from, where it has that: a donor of another seed is
+    replayed only from its own."""
+    return [*sites, NOISE] if NOISE in model.points else list(sites)
+
+
+# Prompts that say nothing.
+
+
+def count_tokens(model: HookedVLA, obs: Observation) -> int:
+    """Tokens of an observation's prompt, without padding. Raises ValueError for a model that reads no text."""
+    mask = getattr(model.prepare(obs), "token_mask", None)
+    if mask is None:
+        raise ValueError(f"{model.spec.name} reads no text: its prompt cannot be replaced")
+    return int(mask[0].sum())
+
+
+def filler_prompt(model: HookedVLA, obs: Observation) -> str:
+    """A prompt that says nothing and has as many tokens as the observation's own.
+
+    Networks hide padding: what is injected where the empty prompt has padding would never be seen.
+    Raises ValueError where no repeated word gives that number.
+    """
+    wanted = count_tokens(model, obs)
+    for word in FILLERS:
+        for n in range(1, wanted + 1):
+            text = " ".join([word] * n)
+            found = count_tokens(model, replace(obs, instruction=text))
+            if found == wanted:
+                return text
+            if found > wanted:
+                break
+    raise ValueError(f"none of {FILLERS}, repeated, has the {wanted} tokens of {obs.instruction!r}")
+
+
+def fillers(context: Context, suite: str, scenes: Sequence[Scene]) -> dict[Scene, str]:
+    """`filler_prompt` for every scene, by its task."""
+    tasks = dict.fromkeys(scene.task for scene in scenes)
+    first = next(iter(context.observations(suite, 1))).observation
+    texts = {task: filler_prompt(context.model, replace(first, instruction=get_suite(suite).task(task).instruction))
+             for task in tasks}  # fmt: skip
+    return {scene: texts[scene.task] for scene in scenes}
+
+
+# Episodes beside their sources.
+
+
+def cut(runs: Runs, lengths: Sequence[int]) -> Runs:
+    """Every episode as far as its first so many steps: where it stood when its source had ended."""
+    return Runs(
+        runs.episodes,
+        [states[: n + 1] for states, n in zip(runs.states, lengths, strict=True)],
+        [actions[:n] for actions, n in zip(runs.actions, lengths, strict=True)],
+        [chunks[:n] for chunks, n in zip(runs.chunks, lengths, strict=True)],
+    )
+
+
+def rows_of(runs: Runs, arm: str) -> list[int]:
+    """Rows of an arm's episodes. Raises KeyError for an arm without any."""
+    found = np.flatnonzero(runs.episodes["arm"] == arm).tolist()
+    if not found:
+        raise KeyError(f"no episodes of the arm {arm!r}")
+    return found
+
+
+def scene_of(runs: Runs, row: int) -> Scene:
+    return Scene(str(runs.episodes["task"].iloc[row]), int(runs.episodes["seed"].iloc[row]))
+
+
+def likeness(
+    runs: Runs, arm: str, source: Recorded, donors: Mapping[Scene, int], layout: Any, normalize: Normalize
+) -> dict[str, Any]:
+    """How an arm's episodes are like their donors': cosine (mean of the episodes, and the least) of normalised actions
+    over the common steps, share of the episodes whose actions are the donor's bit for bit (identical), distance of the
+    end effector from where the donor ended, when it did (to_source, metres), and success."""
+    cosines, same, ends = [], [], []
+    mine = rows_of(runs, arm)
+    for row in mine:
+        donor = source.row(donors[scene_of(runs, row)])
+        pair = runs.actions[row], source.runs.actions[donor]
+        cosines.append(cosine(normalize(pair[0]), normalize(pair[1]), layout))
+        n = min(len(each) for each in pair)
+        same.append(bool(np.array_equal(pair[0][:n], pair[1][:n])))
+        last = min(len(source.runs.states[donor]), len(runs.states[row])) - 1
+        places = [states[i, list(layout.state_position)]
+                  for states, i in ((runs.states[row], last), (source.runs.states[donor], -1))]  # fmt: skip
+        ends.append(float(np.linalg.norm(places[0] - places[1])))
+    return {
+        "n": len(mine),
+        "cosine": float(np.mean(cosines)),
+        "least_cosine": float(np.min(cosines)),
+        "identical": float(np.mean(same)),
+        "to_source": float(np.mean(ends)),
+        "success": float(runs.episodes["success"].iloc[mine].mean()),
+    }
+
+
+def gate(runs: Runs, limit: float, arm: str = BASELINE.name) -> str | None:
+    """Why nothing is judged: an arm succeeds too seldom; None where it does not."""
+    success = float(runs.episodes["success"].iloc[rows_of(runs, arm)].mean())
+    return None if success >= limit else f"the arm {arm!r} succeeds in {success:.0%}: a floor effect, not judged"
+
+
+def first_noise(context: Context, observation: Observation, seed: int) -> Any:
+    """What the model draws at the start of the episode with that seed."""
+    from hooked_vla.rollouts.noise import SeededNoise
+
+    return SeededNoise.of(context.model, observation)([seed], 0)
