@@ -65,6 +65,8 @@ def attribution_patching(
 ) -> PatchingResult:
     """Estimates of what `activation_patching` measures; arguments and result as there, `effect` being the estimate.
 
+    To first order they are exact for sites that run once, and for single denoise steps. A patch of all steps overwrites
+    what its own earlier steps have changed; the estimate counts that too (`integrated_gradients` do not).
     qk_fix: at queries and keys, the change of the attention pattern with the donor's tokens, times the gradient at
     the pattern, instead of a gradient through the softmax; whatever else reads the keys (an expert) stays linear.
     grad_drop: against direct and indirect effects that cancel, one backward pass for each block whose writes then pass

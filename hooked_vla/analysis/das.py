@@ -191,7 +191,7 @@ def learn_subspace(
     sizes: int | Sequence[int],
     steps: int = 200,
     batch: int = 16,
-    lr: float = 0.02,
+    lr: float = 0.05,
     seed: int = 0,
     start: Subspace | None = None,
 ) -> Learned:

@@ -12,6 +12,7 @@ begin early first, and every batch is gone on with from its first patch (patchin
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -29,6 +30,8 @@ from hooked_vla.hooks.names import NamesFilter
 with needs_analysis_extra():
     import pandas as pd
     from matplotlib.figure import Figure
+
+Each = TypeVar("Each")
 
 __all__ = ["RESIDUALS", "PatchingResult", "activation_patching"]
 
@@ -92,20 +95,20 @@ def activation_patching(
     tape = None
     if resume:
         n_steps = 1 if denoise_steps is None else max(denoise_steps, default=0) + 1
-        tape = Tape.record(model, runs.base, runs.noise, [*names, *([read] if read else [])], n_steps)
+        tape = Tape.record(model, runs.base, runs.noise, [*names, *runs.reads], n_steps)
         begins = {cell: tape.first(cell.site, cell.steps) for cell in cells}
         order = [None, *sorted(cells, key=begins.__getitem__)]
     came_to: dict[Cell | None, Tensor] = {}
     with tqdm(total=len(order), unit="cell", disable=not progress) as bar:
-        for batch in _balanced(order, per_batch):
+        for batch in balanced(order, per_batch):
             lists = [patch for cell in batch for patch in (runs.patches(cell) if cell else [[]] * runs.rows)]
             came_to |= zip(batch, runs.run(lists, tape).split(runs.rows), strict=True)
             bar.update(len(batch))
     return _result(runs, cells, came_to, metric)
 
 
-def _balanced(order: Sequence[Cell | None], most: int) -> Iterator[Sequence[Cell | None]]:
-    """Batches of at most `most` cells, all nearly equally large."""
+def balanced(order: Sequence[Each], most: int) -> Iterator[Sequence[Each]]:
+    """Batches of at most `most`, all nearly equally large."""
     size = math.ceil(len(order) / math.ceil(len(order) / most))
     for start in range(0, len(order), size):
         yield order[start : start + size]

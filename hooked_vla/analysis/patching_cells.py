@@ -59,8 +59,8 @@ def plan_cells(
     """The cells of a sweep, in the order of the model.
 
     segments: of the base run's streams. wanted: segments, of which each site gets those that its stream has ("image:*":
-    all cameras as one; None among them: all tokens); None: each of them. denoise_steps: a cell for each of these at sites that run
-    repeatedly; None: one for all steps.
+    all cameras as one; None among them: all tokens); None: each of them. denoise_steps: a cell for each of these at
+    sites that run repeatedly; None: one for all steps.
     Raises KeyError for an unknown site, ValueError for segments that no site has, steps that the model does not have,
     and sites that all rows of a batch share.
     """
@@ -136,8 +136,9 @@ class Runs:
                 f"clean and corrupted have to be paired row by row, but have {model.prepare(clean).batch_size} and "
                 f"{model.prepare(corrupted).batch_size} rows"
             )
-        if read is not None and model.points[hook_names.resolve(read, list(model.points))[0]].axes[0] != "batch":
-            raise ValueError(f"read: {read} has no row for each row of the batch")
+        for name in hook_names.resolve(runs.reads, list(model.points)):
+            if model.points[name].axes[0] != "batch":
+                raise ValueError(f"read: {name} has no row for each row of the batch")
         return runs
 
     @property
@@ -155,21 +156,25 @@ class Runs:
         """Of the donor run's streams."""
         return dict(self.model.segments(self.donor))
 
+    @property
+    def reads(self) -> list[str]:
+        """The hook point that metrics compare, if it is one."""
+        return [] if self.read is None else [self.read]
+
     def run_donor(self, sites: Sequence[str]) -> None:
         """Run the donor, and keep what it has at the sites."""
-        wanted = [*sites, *([self.read] if self.read is not None and self.read not in sites else [])]
+        wanted = [*sites, *(name for name in self.reads if name not in sites)]
         with torch.no_grad():
             actions, cache = self.model.run_with_cache(self.donor, wanted, noise=list(self.noise))
         assert actions is not None
         self.donor_cache = cache
-        self.donor_came_to = self._came_to(actions.normalized, cache)
+        self.donor_came_to = self.came_to(actions.normalized, cache)
 
-    def _came_to(self, actions: Tensor, cache: ActivationCache | None) -> Tensor:
+    def came_to(self, actions: Tensor, cache: ActivationCache) -> Float[Tensor, "row ..."]:
+        """What metrics compare of a run; rows first, then denoise steps."""
         if self.read is None:
             return actions
-        assert cache is not None
         value = cache[self.read]
-        # rows first, then the denoise step
         return value.movedim(1, 0) if hook_names.is_denoised(self.read) else value * 1
 
     def run(self, lists: Sequence[Sequence[Any]], tape: Tape | None) -> Float[Tensor, "row ..."]:
@@ -178,13 +183,12 @@ class Runs:
         inputs = self.base.rows(list(range(self.rows)) * n)
         noise = [each.repeat(n, *[1] * (each.ndim - 1)) for each in self.noise]
         listed = [list(each) for each in lists]
-        edits = listed if any(listed) else []
         with torch.no_grad(), quiet(), nullcontext() if tape is None else tape.resumed(n):
-            if self.read is None:
-                return self.model(inputs, noise, edits=edits).normalized
-            actions, cache = self.model.run_with_cache(inputs, [self.read], noise=noise, edits=edits)
+            actions, cache = self.model.run_with_cache(
+                inputs, self.reads, noise=noise, edits=listed if any(listed) else []
+            )
         assert actions is not None
-        return self._came_to(actions.normalized, cache)
+        return self.came_to(actions.normalized, cache)
 
     def patches(self, cell: Cell, strength: float | None = None) -> list[list[Patch]]:
         """The cell's patch, for each pair of runs; none for a pair whose base run has no such tokens."""

@@ -121,18 +121,23 @@ def from_directions(
 
 
 def pca(
-    x: Float[Tensor, "n d"], k: int, site: str = "", within: Sequence[Hashable] | None = None, method: str = "pca"
+    x: Float[Tensor, "n d"],
+    k: int | None = None,
+    site: str = "",
+    within: Sequence[Hashable] | None = None,
+    method: str = "pca",
 ) -> Subspace:
-    """The k directions of largest spread, in this order.
+    """The k directions of largest spread, in this order; k None: all in which x spreads.
 
-    Raises ValueError for NaN, or more dimensions than x has.
+    Raises ValueError for NaN, or more dimensions than x spreads in.
     """
     return _principal(_centred(x, within), _mean(x), k, method, site)
 
 
 def paired_pca(
-    first: Float[Tensor, "n d"], second: Float[Tensor, "n d"], k: int, site: str = "", method: str = "paired"
-) -> Subspace:
+    first: Float[Tensor, "n d"], second: Float[Tensor, "n d"], k: int | None = None, site: str = "",
+    method: str = "paired pca",
+) -> Subspace:  # fmt: skip
     """The k directions along which pairs differ most: what changes when one thing about an input is changed.
 
     first, second: the two of each pair. Raises as `pca`.

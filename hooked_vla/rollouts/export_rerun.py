@@ -1,5 +1,7 @@
 """An episode for Rerun's viewer: images, states, actions and rewards on a time line of environment steps."""
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ def write_rerun(path: str | Path, episode: Episode, jpeg_quality: int = 90) -> P
 
     Entities: camera/<name>, state/<i>, action/<i>, reward, success, and one for each of the episode's columns, numbers
     as scalars and texts as log; time lines: env_step, and time in seconds. jpeg_quality: 1..100.
-    Raises ValueError for a quality outside its range.
+    Raises ValueError for a quality outside its range, OSError when it cannot be written.
     """
     if not 1 <= jpeg_quality <= 100:
         raise ValueError(f"jpeg_quality is 1..100, got {jpeg_quality}")
@@ -37,6 +39,11 @@ def write_rerun(path: str | Path, episode: Episode, jpeg_quality: int = 90) -> P
         recording.flush()
         recording.disconnect()
         temporary.replace(path)
+    except RuntimeError as error:
+        # what the system said, in Rerun's words
+        if (said := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(said[1]), os.strerror(int(said[1])), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     return path

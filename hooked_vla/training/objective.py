@@ -25,7 +25,7 @@ class Readout:
     how much the error counts. The tokens stand in rows from the top; before them, there may be some for the whole
     image.
 
-    prompt_grid: where image tokens come before the instruction and cannot see it, the last token of the prompt is read
+    prompt_grid: where image tokens come before the instruction and cannot see it, the prompt's mean token is read
     instead, and says for every place of so many rows and columns what its image token would; 0: image tokens are read.
     """
 
@@ -66,7 +66,7 @@ class Objective(nn.Module):
         with model.hooks([(self.readout.site, look)]):
             loss = model.training_loss(inputs, actions, n_draws=self.n_draws).mean()
         segments = model.segments(inputs)[self.readout.site.partition(".")[0]]
-        tokens = self._prompt_end(segments, seen[0]) if self.readout.prompt_grid else self._places(segments, seen[0])
+        tokens = self._prompt(segments, seen[0]) if self.readout.prompt_grid else self._places(segments, seen[0])
         error = place_loss(self._said(tokens), goals)
         return loss + self.readout.weight * error, loss.detach(), error.detach()
 
@@ -78,13 +78,12 @@ class Objective(nn.Module):
         tokens = stream[segments.mask(image_segment(self.readout.camera))].unflatten(0, (len(stream), -1))
         return tokens[:, -(math.isqrt(tokens.shape[1]) ** 2) :]
 
-    def _prompt_end(
+    def _prompt(
         self, segments: Segments, stream: Float[Tensor, "batch seq d_model"]
     ) -> Float[Tensor, "batch 1 d_model"]:
-        """The last token of the instruction."""
-        said = segments.mask(LANGUAGE)
-        last = (said * torch.arange(said.shape[1], device=said.device)).argmax(1)
-        return stream[torch.arange(len(stream), device=last.device), last][:, None]
+        """The mean token of the prompt: each word may say its part, without waiting for the last one to gather them."""
+        said = segments.mask(LANGUAGE)[..., None]
+        return (stream * said).sum(1, keepdim=True) / said.sum(1, keepdim=True)
 
     def _said(self, tokens: Float[Tensor, "batch token d_model"]) -> Seen:
         """What the tokens say of every place."""

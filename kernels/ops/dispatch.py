@@ -5,8 +5,9 @@ An override holds for the whole process, not for a thread: backward passes run i
 
 import importlib.util
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from importlib import import_module
 from types import TracebackType
 from typing import Any
 
@@ -111,6 +112,11 @@ def _there(run: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
             return run(*args)
 
     return on_device
+
+
+def paths_of(package: str, function: str, paths: Sequence[str] = PATHS) -> dict[str, Callable[[], Callable[..., Any]]]:
+    """What `implementation` takes, for a package with a module for each path, which is imported when it is taken."""
+    return {path: lambda path=path: getattr(import_module(f"{package}.{path}"), function) for path in paths}
 
 
 def implementation(op: str, paths: Mapping[str, Callable[[], Callable[..., Any]]], x: Tensor) -> Callable[..., Any]:

@@ -88,14 +88,14 @@ def test_the_planted_plane_is_found_and_holds_on_other_pairs() -> None:
     train, test = (Interchange(model, planted_pairs(n, seed), SITE, "language") for n, seed in ((64, 1), (40, 2)))
     planted = Subspace(PLANE, torch.zeros(D), "planted")
     assert test.effect(planted).mean() > 0.999
-    learned = learn_subspace(train, 2, steps=150, batch=32, lr=0.05, seed=0)
+    learned = learn_subspace(train, 2, steps=150, batch=64, lr=0.1, seed=0)
     assert learned.subspace.overlap(planted) > 0.98
     assert learned.losses[-1] < 0.05 < learned.losses[0]
     assert test.effect(learned.subspace).mean() > 0.95
     assert test.effect(random_subspace(D, 2, 0)).mean() < 0.6
     # all dimensions bring the rest of the source along
     assert not torch.allclose(test.run(None), test.target, atol=0.1)
-    again = learn_subspace(train, 2, steps=3, batch=32, lr=0.05, seed=0)
+    again = learn_subspace(train, 2, steps=3, batch=64, lr=0.1, seed=0)
     assert again.losses == learned.losses[:1] + again.losses[1:] and model.net.vlm.turn.grad is None
     assert model.net.vlm.turn.requires_grad
 
@@ -103,7 +103,7 @@ def test_the_planted_plane_is_found_and_holds_on_other_pairs() -> None:
 def test_one_search_serves_a_curve_and_may_begin_somewhere() -> None:
     train = Interchange(Toy(Net()), planted_pairs(64, 1), SITE, "language")
     start = random_subspace(D, 4, 3)
-    learned = learn_subspace(train, [1, 2, 4], steps=150, batch=32, lr=0.05, start=start)
+    learned = learn_subspace(train, [1, 2, 4], steps=150, batch=64, lr=0.1, start=start)
     effects = [float(train.effect(learned.subspace, k).mean()) for k in (1, 2, 4)]
     assert learned.subspace.k == 4 and effects[0] < effects[1] and effects[1] > 0.9
     untouched = learn_subspace(train, 4, steps=1, lr=1e-9, start=start).subspace

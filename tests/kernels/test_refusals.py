@@ -64,8 +64,9 @@ OPS = sorted(set(kernels.__all__) - {"use"})
 LEADING = {"select_topk": "z", "sparse_backward": "w_dec", "sparse_decode": "w_dec", "fold_bias": "w_enc"}
 # whole dictionaries are not searched for NaN (sae_encode_topk finds it in its result); fold_bias runs once, beforehand
 NOT_SEARCHED = {
-    "encode_gmax": ("w_enc",), "sae_encode_topk": ("w_enc",), "sae_splice": ("w_enc", "w_dec"), "sparse_backward": ("w_dec",),
-    "sparse_decode": ("w_dec",), "select_topk": ("maxima",), "fold_bias": ("w_enc", "b_enc", "b_dec"),
+    "encode_gmax": ("w_enc",), "sae_encode_topk": ("w_enc",), "sae_splice": ("w_enc", "w_dec"),
+    "sparse_backward": ("w_dec",), "sparse_decode": ("w_dec",), "select_topk": ("maxima",),
+    "fold_bias": ("w_enc", "b_enc", "b_dec"),
 }  # fmt: skip
 
 

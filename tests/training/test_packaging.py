@@ -220,9 +220,10 @@ def test_what_training_reads_are_the_goal_cameras_tokens(model: HookedVLA, batch
     length = segments.labels.shape[1]
     place = torch.arange(length).expand(3, length)[..., None].float()
     if readout.prompt_grid:
-        # the last token before the padding: the images stand before it, but for its first token
-        expected = inputs.token_mask.sum(1) - 1 + 32
-        assert objective._prompt_end(segments, place).flatten().tolist() == expected.tolist()
+        # images stand between the first token, which begins the text, and the words; padding behind them
+        words = [range(33, 32 + n) for n in inputs.token_mask.sum(1).tolist()]
+        expected = torch.tensor([sum(each) / len(each) for each in words])
+        torch.testing.assert_close(objective._prompt(segments, place).flatten(), expected)
         return
     spec: Any = model.spec
     first = (inputs.tokens == spec.image_token).long().argmax(1) if hasattr(inputs, "grid") else torch.ones(3)

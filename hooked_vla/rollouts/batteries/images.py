@@ -35,7 +35,7 @@ class ImageKind:
 
 
 def change_image(
-    kind: str, image: UInt8[np.ndarray, "height width 3"], strength: float = 1.0, seed: int | tuple[int, ...] = 0
+    kind: str, image: UInt8[np.ndarray, "height width channel"], strength: float = 1.0, seed: int | tuple[int, ...] = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
     """The picture, changed, of the same size; the argument stays as it is. seed: of noise.
 

@@ -21,6 +21,9 @@ with needs_analysis_extra():
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
+# checks of types at run time tell whole numbers from others
+Number = float | int
+
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _GREY = "#555555"
@@ -28,7 +31,7 @@ _GREY = "#555555"
 _MOST_CELLS = 400
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: Number, height: Number) -> Figure:
     """An empty figure; width and height in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
@@ -77,8 +80,8 @@ def heat_map(
     value: str,
     title: str = "",
     unit: str = "",
-    centre: float | None = None,
-    limits: tuple[float, float] | None = None,
+    centre: Number | None = None,
+    limits: tuple[Number, Number] | None = None,
     form: str = ".2g",
 ) -> Figure:
     """The column `value` by two others, in the order of the table; what was not measured is hatched.
@@ -125,7 +128,7 @@ def curve(
     title: str = "",
     xlabel: str = "",
     ylabel: str = "",
-    floor: float | None = None,
+    floor: Number | None = None,
     floor_label: str = "rerun floor",
     log_x: bool = False,
 ) -> Figure:
@@ -177,7 +180,7 @@ def _write_cells(axes: Axes, grid: np.ndarray, form: str, drawn: Any) -> None:
                       color="black" if light else "white")  # fmt: skip
 
 
-def _norm(grid: np.ndarray, centre: float | None, limits: tuple[float, float] | None) -> Normalize:
+def _norm(grid: np.ndarray, centre: Number | None, limits: tuple[Number, Number] | None) -> Normalize:
     finite = grid[np.isfinite(grid)]
     low, high = limits or ((float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0))
     if centre is None:

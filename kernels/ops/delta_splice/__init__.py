@@ -13,31 +13,13 @@ from torch import Tensor
 
 from hooked_vla.kernels.checks import check_finite, check_matrix, check_range, validates
 from hooked_vla.kernels.delta_splice import autograd
-from hooked_vla.kernels.dispatch import implementation
+from hooked_vla.kernels.dispatch import implementation, paths_of
 
 MAX_FEATURES = 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _reference():
-    from hooked_vla.kernels.delta_splice.reference import delta_splice
-
-    return delta_splice
-
-
-def _fused():
-    from hooked_vla.kernels.delta_splice.fused import delta_splice
-
-    return delta_splice
-
-
-def _cpu():
-    from hooked_vla.kernels.delta_splice.cpu import delta_splice
-
-    return delta_splice
-
-
-PATHS = {"reference": _reference, "fused": _fused, "cpu": _cpu}
+PATHS = paths_of(__name__, "delta_splice")
 
 
 @torch.library.custom_op("hooked_vla::delta_splice", mutates_args=())

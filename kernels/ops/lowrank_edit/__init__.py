@@ -19,32 +19,14 @@ from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
 from hooked_vla.kernels.checks import check_finite, check_matrix, check_range, check_same, validates
-from hooked_vla.kernels.dispatch import implementation
+from hooked_vla.kernels.dispatch import implementation, paths_of
 from hooked_vla.kernels.lowrank_edit import autograd
 
 MAX_RANK = 512
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _reference():
-    from hooked_vla.kernels.lowrank_edit.reference import lowrank_edit
-
-    return lowrank_edit
-
-
-def _fused():
-    from hooked_vla.kernels.lowrank_edit.fused import lowrank_edit
-
-    return lowrank_edit
-
-
-def _cpu():
-    from hooked_vla.kernels.lowrank_edit.cpu import lowrank_edit
-
-    return lowrank_edit
-
-
-PATHS = {"reference": _reference, "fused": _fused, "cpu": _cpu}
+PATHS = paths_of(__name__, "lowrank_edit")
 
 
 @torch.library.custom_op("hooked_vla::lowrank_edit", mutates_args=())

@@ -9,6 +9,10 @@ from torch import Tensor
 
 from hooked_vla.kernels.adding import added
 
+# tokens from which on a product with rows that are copied into columns beforehand is the faster one (measured: 6 to
+# 18 % for 50 to 1024 tokens)
+COLUMNS_FROM = 32
+
 
 def _difference(x: Tensor, src: Tensor | None, alpha: Tensor, beta: Tensor) -> tuple[Tensor, float]:
     """beta·src - alpha·x as (tensor, factor), in alpha's dtype; alpha and beta hold one value or one a token."""
@@ -30,7 +34,8 @@ def _edit(
     wide = alpha.dtype
     if a.shape[0]:
         difference, factor = _difference(x, src, alpha, beta)
-        coefficients = difference @ a.to(wide).T
+        columns = a.to(wide).T
+        coefficients = difference @ (columns.contiguous() if x.shape[0] >= COLUMNS_FROM else columns)
         if factor != 1.0:
             coefficients.mul_(factor)
         # in the place of the difference, unless that is x itself

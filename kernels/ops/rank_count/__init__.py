@@ -11,26 +11,14 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from hooked_vla.kernels.checks import check_finite, check_matrix, check_range, validates
-from hooked_vla.kernels.dispatch import implementation
+from hooked_vla.kernels.dispatch import implementation, paths_of
 from hooked_vla.kernels.sae_encode_topk import check_encoder
 
 MAX_FEATURES = 16
 
 
-def _reference():
-    from hooked_vla.kernels.rank_count.reference import rank_count
-
-    return rank_count
-
-
-def _fused():
-    from hooked_vla.kernels.rank_count.fused import rank_count
-
-    return rank_count
-
-
 # on a CPU the reference: all of z is needed whichever way it is counted, and sae_encode_topk answers the same question
-PATHS = {"reference": _reference, "fused": _fused}
+PATHS = paths_of(__name__, "rank_count", ("reference", "fused"))
 
 
 @torch.library.custom_op("hooked_vla::rank_count", mutates_args=())

@@ -6,15 +6,12 @@
 then reads only the k best runs. Fold the decoder's bias into b_enc (`fold_bias`) where the encoder subtracts it.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
 from hooked_vla.kernels.checks import check_finite, check_matrix, validates
-from hooked_vla.kernels.dispatch import implementation
+from hooked_vla.kernels.dispatch import implementation, paths_of
 from hooked_vla.kernels.sae_encode_topk import autograd
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -22,26 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_GROUP = 128
 
 
-def _paths(name: str) -> Mapping[str, Callable[[], Callable[..., Any]]]:
-    def reference() -> Callable[..., Any]:
-        from hooked_vla.kernels.sae_encode_topk import reference
-
-        return getattr(reference, name)
-
-    def fused() -> Callable[..., Any]:
-        from hooked_vla.kernels.sae_encode_topk import fused
-
-        return getattr(fused, name)
-
-    def cpu() -> Callable[..., Any]:
-        from hooked_vla.kernels.sae_encode_topk import cpu
-
-        return getattr(cpu, name)
-
-    return {"reference": reference, "fused": fused, "cpu": cpu}
-
-
-TOPK, GMAX, SELECT = _paths("sae_encode_topk"), _paths("encode_gmax"), _paths("select_topk")
+TOPK, GMAX, SELECT = (paths_of(__name__, name) for name in ("sae_encode_topk", "encode_gmax", "select_topk"))
 
 
 @torch.library.custom_op("hooked_vla::sae_encode_topk", mutates_args=())

@@ -11,33 +11,10 @@ from torch import Tensor
 
 from hooked_vla.kernels.checks import check_finite, check_matrix, check_range, validates
 from hooked_vla.kernels.delta_splice import DTYPES, check_edits, check_features, splice_op
-from hooked_vla.kernels.dispatch import implementation
+from hooked_vla.kernels.dispatch import implementation, paths_of
 
-
-def _reference(name: str):
-    from hooked_vla.kernels.segment_mean_delta import reference
-
-    return getattr(reference, name)
-
-
-def _fused(name: str):
-    from hooked_vla.kernels.segment_mean_delta import fused
-
-    return getattr(fused, name)
-
-
-def _cpu_mean():
-    from hooked_vla.kernels.segment_mean_delta.cpu import segment_mean
-
-    return segment_mean
-
-
-MEAN_PATHS = {
-    "reference": lambda: _reference("segment_mean"),
-    "fused": lambda: _fused("segment_mean"),
-    "cpu": _cpu_mean,
-}
-ADD_PATHS = {"reference": lambda: _reference("segment_add"), "fused": lambda: _fused("segment_add")}
+MEAN_PATHS = paths_of(__name__, "segment_mean")
+ADD_PATHS = paths_of(__name__, "segment_add", ("reference", "fused"))
 
 
 def _wide(x: Tensor) -> torch.dtype:

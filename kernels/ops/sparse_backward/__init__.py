@@ -4,39 +4,16 @@ Only the k active features of a token are touched. The dictionaries' gradients a
 entries in order of feature (a transposed, CSC, view of the code): one pass, no atomics, the same bits every run.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
 from hooked_vla.kernels import checks
-from hooked_vla.kernels.dispatch import implementation
+from hooked_vla.kernels.dispatch import implementation, paths_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-
-def _paths(name: str) -> Mapping[str, Callable[[], Callable[..., Any]]]:
-    def reference() -> Callable[..., Any]:
-        from hooked_vla.kernels.sparse_backward import reference
-
-        return getattr(reference, name)
-
-    def fused() -> Callable[..., Any]:
-        from hooked_vla.kernels.sparse_backward import fused
-
-        return getattr(fused, name)
-
-    def cpu() -> Callable[..., Any]:
-        from hooked_vla.kernels.sparse_backward import cpu
-
-        return getattr(cpu, name)
-
-    return {"reference": reference, "fused": fused, "cpu": cpu}
-
-
-DOTS, OUTER, BACKWARD = _paths("sparse_dots"), _paths("sparse_outer"), _paths("sparse_backward")
+DOTS, OUTER, BACKWARD = (paths_of(__name__, name) for name in ("sparse_dots", "sparse_outer", "sparse_backward"))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

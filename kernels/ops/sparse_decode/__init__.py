@@ -1,6 +1,5 @@
 """A sparse decoder: the sum of the k dictionary rows that are active for a token, instead of a product with all m."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,29 +7,10 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from hooked_vla.kernels import checks
-from hooked_vla.kernels.dispatch import implementation
+from hooked_vla.kernels.dispatch import implementation, paths_of
 from hooked_vla.kernels.sparse_backward import FLOATS, check_entries, dots_op, outer_op, wide
 
-
-def _reference() -> Callable[..., Any]:
-    from hooked_vla.kernels.sparse_decode.reference import sparse_decode
-
-    return sparse_decode
-
-
-def _fused() -> Callable[..., Any]:
-    from hooked_vla.kernels.sparse_decode.fused import sparse_decode
-
-    return sparse_decode
-
-
-def _cpu() -> Callable[..., Any]:
-    from hooked_vla.kernels.sparse_decode.cpu import sparse_decode
-
-    return sparse_decode
-
-
-PATHS = {"reference": _reference, "fused": _fused, "cpu": _cpu}
+PATHS = paths_of(__name__, "sparse_decode")
 
 
 @torch.library.custom_op("hooked_vla::sparse_decode", mutates_args=())

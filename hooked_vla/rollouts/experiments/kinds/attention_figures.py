@@ -70,7 +70,7 @@ def draw_maps(maps: Maps, chosen: Sequence[Choice], camera: str) -> tuple[Figure
         row[0].set_xticks([])
         row[0].set_yticks([])
         for axes, each in zip(row[1:], chosen, strict=True):
-            grid = _relative(maps.weights[each.reader, each.site, camera][i], each.head)
+            grid = _relative(maps.weights[each.reader, each.site, camera][i].mean(0), each.head)
             draw_overlay(axes, moment.images[camera], grid, view, around_one([grid]), [(target, OUTLINE)])
     for axes, each in zip(panels[0, 1:], chosen, strict=True):
         axes.set_title(f"{each.label}\n{each.reader}\n{each.what}", fontsize=8)
@@ -108,7 +108,8 @@ def draw_scores(heads: pd.DataFrame) -> dict[str, tuple[Figure, str]]:
 def film(context: Context, suite: str, n: int, chosen: Sequence[Choice]) -> list[str]:
     """Films of `n` baseline episodes: the first camera's image, and beside it each chosen head's latest map.
 
-    Returns their paths in the run's folder. Episodes that are recorded already are not filmed again.
+    Maps are of the last denoise step, and of all words. Returns the films' paths in the run's folder. Episodes that are
+    recorded already are not filmed again.
     """
     if not n or not chosen:
         return []

@@ -24,7 +24,6 @@ from hooked_vla.analysis.attention import (
     word_positions,
 )
 from hooked_vla.extras import needs_analysis_extra
-from hooked_vla.hooks import ActivationCache
 from hooked_vla.hooks.names import layer, pathway
 from hooked_vla.inputs import ACTION, LANGUAGE, ModelInputs, Observation, image_segment
 from hooked_vla.rollouts.cells import spread_scenes
@@ -155,12 +154,13 @@ def readers(model: HookedVLA, inputs: ModelInputs) -> list[Reader]:
 
 @dataclass(frozen=True, eq=False)
 class Maps:
-    """Maps of moments: by reader, site and camera, [moment head row column], mean over denoise steps."""
+    """Maps of moments: by reader, site and camera, [moment step head row column]; one step where the pathway runs
+    once."""
 
     moments: Sequence[Moment]
     readers: Sequence[Reader]
     views: Mapping[str, CameraView]
-    weights: Mapping[tuple[str, str, str], Float[Tensor, "moment head row column"]]
+    weights: Mapping[tuple[str, str, str], Float[Tensor, "moment step head row column"]]
 
 
 @torch.no_grad()
@@ -179,18 +179,13 @@ def make_maps(context: Context, chosen: Sequence[Moment]) -> Maps:
         for reader in who:
             asking = _queries(model, inputs, reader, batch)
             for site in reader.sites:
+                keys = cache.segments[cache.entries[cache[site].site].streams["key"]].present()
                 for camera, view in views.items():
-                    parts.setdefault((reader.name, site, camera), []).append(_mean_map(cache, site, view, asking))
+                    # some pathways read one camera only
+                    if view.segment in keys:
+                        weights = camera_attention(cache, site, view, asking).weights
+                        parts.setdefault((reader.name, site, camera), []).append(weights)
     return Maps(chosen, who, views, {key: torch.cat(each) for key, each in parts.items()})
-
-
-def _mean_map(cache: ActivationCache, site: str, view: CameraView, asking: Any) -> Tensor:
-    keys = cache.segments[cache.entries[cache[site].site].streams["key"]]
-    if view.segment not in keys.names:
-        # an expert's aux tokens may belong to the other camera only
-        rows, heads = cache[site].shape[-4], cache[site].shape[-3]
-        return torch.zeros(rows, heads, *view.grid)
-    return camera_attention(cache, site, view, asking).weights.mean(1)
 
 
 def _queries(model: HookedVLA, inputs: ModelInputs, reader: Reader, batch: Sequence[Moment]) -> Any:
@@ -202,58 +197,64 @@ def _queries(model: HookedVLA, inputs: ModelInputs, reader: Reader, batch: Seque
 def score_table(context: Context, maps: Maps) -> pd.DataFrame:
     """One row for every moment, camera, reader, site and head in which the target is to be seen.
 
-    target: pointing score, 1 at chance. shuffled: the same mask under the head's map of another scene at the same
-    phase. other: mean score of objects of the target's kind that are not meant. hit, chance: of the pointing game.
-    head -1: the mean over the site's heads.
+    target: pointing score, 1 at chance. shuffled: mean score of the same mask under the head's maps of all other scenes
+    at the same phase. other: mean score of objects of the target's kind that are not meant. hit, chance: of the
+    pointing game. head -1: the mean over the site's heads. Maps are means over denoise steps.
     """
     sites = context.model.hook_points
-    partner = _partners(maps.moments)
     rows = []
-    for i, moment in enumerate(maps.moments):
-        for camera, view in maps.views.items():
+    for (reader, site, camera), stepped in maps.weights.items():
+        view, weights = maps.views[camera], stepped.mean(1)
+        weights = torch.cat([weights.mean(1, keepdim=True), weights], dim=1)
+        elsewhere = _of_other_scenes(weights, view, maps.moments)
+        for i, moment in enumerate(maps.moments):
             mask = moment.masks[camera][moment.target]
             if (mask & view.seen).sum() < _LEAST:
                 continue
             others = [moment.masks[camera][name] for name in moment.others]
             others = [each for each in others if (each & view.seen).sum() >= _LEAST]
-            chance = pointing_chance(view, mask)
-            for reader in maps.readers:
-                for site in reader.sites:
-                    weights = maps.weights[reader.name, site, camera]
-                    if not bool(weights.any()):
-                        continue
-                    mine, theirs = (_with_mean(weights[row]) for row in (i, partner[i]))
-                    scores = {
-                        "target": pointing_score(mine, view, mask),
-                        "shuffled": pointing_score(theirs, view, mask),
-                        "other": _mean_score(mine, view, others),
-                        "hit": pointing_hit(mine, view, mask).float(),
-                    }
-                    for head in range(len(mine)):
-                        rows.append(
-                            {"task": moment.task, "seed": moment.seed, "phase": moment.phase, "camera": camera,
-                             "reader": reader.name, "pathway": pathway(site), "site": site, "layer": layer(site),
-                             "head": head - 1, "reaches_action": sites[site].reaches_action}
-                            | {name: float(each[head]) for name, each in scores.items()} | {"chance": chance}
-                        )  # fmt: skip
+            scores = {
+                "target": pointing_score(weights[i], view, mask),
+                "shuffled": pointing_score(elsewhere[i], view, mask),
+                "other": _mean_score(weights[i], view, others),
+                "hit": pointing_hit(weights[i], view, mask).float(),
+            }
+            about = {"task": moment.task, "seed": moment.seed, "phase": moment.phase, "camera": camera,
+                     "reader": reader, "pathway": pathway(site), "site": site, "layer": layer(site),
+                     "reaches_action": sites[site].reaches_action, "chance": pointing_chance(view, mask)}  # fmt: skip
+            rows += [
+                about | {"head": head - 1} | {name: float(each[head]) for name, each in scores.items()}
+                for head in range(weights.shape[1])
+            ]
     return pd.DataFrame(rows)
 
 
-def _partners(found: Sequence[Moment]) -> list[int]:
-    """Another scene's moment at the same phase for each, with another target where there is one."""
-    partner = []
-    for i, moment in enumerate(found):
-        order = [(i + step) % len(found) for step in range(1, len(found))]
-        same = [j for j in order if found[j].phase == moment.phase and found[j].seed != moment.seed]
-        other = [j for j in same if found[j].target != moment.target]
-        if not same:
-            raise ValueError("maps of other scenes need two scenes at least")
-        partner.append((other or same)[0])
-    return partner
+def _of_other_scenes(
+    weights: Float[Tensor, "moment head row column"], view: CameraView, found: Sequence[Moment]
+) -> Float[Tensor, "moment head row column"]:
+    """For each moment the mean of all other scenes' maps at its phase, each as shares of the attention to what is seen:
+    its score is then the mean of their scores."""
+    seen = torch.from_numpy(view.counts(np.ones_like(view.seen)) > 0)
+    shares = weights * seen / (weights * seen).sum((-2, -1), keepdim=True)
+    means = []
+    for moment in found:
+        others = [i for i, each in enumerate(found) if each.phase == moment.phase and each.seed != moment.seed]
+        if not others:
+            raise ValueError(f"maps of other scenes need two scenes or more at the phase {moment.phase!r}")
+        means.append(shares[others].mean(0))
+    return torch.stack(means)
 
 
-def _with_mean(weights: Float[Tensor, "head row column"]) -> Float[Tensor, "row_of_maps row column"]:
-    return torch.cat([weights.mean(0, keepdim=True), weights])
+def step_table(maps: Maps, places: Mapping[str, tuple[str, str, int]], camera: str) -> pd.DataFrame:
+    """Mean pointing score on the target at each denoise step, of heads by name: their reader, site and number."""
+    rows = []
+    for name, (reader, site, head) in places.items():
+        weights, view = maps.weights[reader, site, camera][:, :, head], maps.views[camera]
+        masks = [moment.masks[camera][moment.target] for moment in maps.moments]
+        seen = [i for i, mask in enumerate(masks) if (mask & view.seen).sum() >= _LEAST]
+        scores = torch.stack([pointing_score(weights[i], view, masks[i]) for i in seen]).mean(0)
+        rows += [{"head": name, "denoise_step": step, "target": float(each)} for step, each in enumerate(scores)]
+    return pd.DataFrame(rows)
 
 
 def _mean_score(weights: Tensor, view: CameraView, masks: Sequence[np.ndarray]) -> Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.hooks import names as hook_names
 from hooked_vla.interventions.injection import HOLD, Injection
-from hooked_vla.interventions.injection_reach import DEAD_END, REPLAY, find_reach
+from hooked_vla.interventions.injection_reach import DEAD_END, REPLAY
 from hooked_vla.interventions.injection_sites import residual_sites, stream_sites
 from hooked_vla.rollouts.arms import BASELINE, Arm
 from hooked_vla.rollouts.cells import Scene
@@ -32,9 +32,9 @@ from hooked_vla.rollouts.experiments.kinds.injection_moved import (
 from hooked_vla.rollouts.experiments.kinds.injection_runs import (
     Recorded,
     fillers,
-    first_noise,
     gate,
     likeness,
+    reach_of,
     record,
     rows_of,
     scene_of,
@@ -47,8 +47,6 @@ from hooked_vla.rollouts.injection import (
     Told,
     ToldArm,
     cross_task,
-    load_donors,
-    open_recording,
     same_scene,
 )
 
@@ -152,11 +150,8 @@ def _reach(
         pair = [starts[0].observation, starts[-1].observation]
         cell_text = each.text if isinstance(each.text, str) else (each.text or {})[source.scenes[0]]
         first, second = (replace(obs, instruction=cell_text) for obs in pair)
-        noise = first_noise(context, first, starts[0].seed)
         for name, sites in groups.items():
-            injection = Injection(sites, HOLD)
-            donor = load_donors(open_recording(source.folder), [episode], sites, injection, 2**32, name)[episode]
-            found = find_reach(context.model, injection, donor, first, second, noise, 0)
+            found = reach_of(context, source, episode, Injection(sites, HOLD), first, second, starts[0].seed)
             rows.append({"null": null, "site": name, "cut_set": found.cut or "", "dead_end_by_name": found.dead_end,
                          "label": found.label, "agrees": found.agrees})  # fmt: skip
     return pd.DataFrame(rows)
@@ -210,8 +205,8 @@ def _moved(context: Context, settings: Settings, source: Recorded) -> pd.DataFra
 def _places(context: Context, settings: Settings, source: Recorded) -> dict[Scene, dict[str, np.ndarray]]:
     """Where blocks stood when the sources began."""
     starts = context.observations(settings.suite, len(source.sources))
-    return {Scene(seen.task, seen.seed): {name: np.array(pose[:2]) for name, pose in seen.info["poses"]["blocks"].items()}
-            for seen in starts}  # fmt: skip
+    blocks = {Scene(seen.task, seen.seed): seen.info["poses"]["blocks"] for seen in starts}
+    return {scene: {name: np.array(pose[:2]) for name, pose in each.items()} for scene, each in blocks.items()}
 
 
 def _last_stream(context: Context) -> list[str]:
@@ -242,7 +237,7 @@ def _single(table: pd.DataFrame, null: str) -> list[dict[str, Any]]:
 
 def _every_site(context: Context, settings: Settings, table: pd.DataFrame) -> Verdict:
     rule, limit = "every-site", threshold(context, "every-site")
-    told = []
+    told, holds = [], False
     for null in settings.nulls:
         live = [row for row in _single(table, null) if row["label"] != DEAD_END]
         high = [row for row in live if row["cosine"] >= limit]
@@ -281,16 +276,19 @@ def _goes_to_the_old_place(context: Context, moved: pd.DataFrame | None) -> Verd
     limit = threshold(context, "moved")
     if moved is None:
         return Verdict("moved", None, "objects of this suite cannot be moved, or it was not asked for")
-    shares = {arm: keep(moved, lambda row, arm=arm: row["arm"] == arm) for arm in (BASELINE.name, MOVED)}
-    if not all(len(part) for part in shares.values()):
+    parts = {arm: [row for row in records(moved) if row["arm"] == arm] for arm in (BASELINE.name, MOVED)}
+    if not all(parts.values()):
         return Verdict("moved", None, "no source grasps a block")
-    old = {arm: float(part["at_old_place"].mean()) for arm, part in shares.items()}
-    distance = {arm: float(part["to_old"].mean()) for arm, part in shares.items()}
+    old, distance = (
+        {arm: float(np.mean([row[column] for row in rows])) for arm, rows in parts.items()}
+        for column in ("at_old_place", "to_old")
+    )
     return Verdict(
-        "moved", old[MOVED] >= limit,
-        f"when its source grasps, replay is at the old place in {old[MOVED]:.0%} ({distance[MOVED]:.3f} m from it), the "
-        f"policy without injection in {old[BASELINE.name]:.0%} ({distance[BASELINE.name]:.3f} m)",
-    )  # fmt: skip
+        "moved",
+        old[MOVED] >= limit,
+        f"when its source grasps, replay is at the old place in {old[MOVED]:.0%} ({distance[MOVED]:.3f} m from it), "
+        f"the policy without injection in {old[BASELINE.name]:.0%} ({distance[BASELINE.name]:.3f} m)",
+    )
 
 
 def _figures(table: pd.DataFrame) -> dict[str, Any]:
@@ -309,17 +307,21 @@ def _figures(table: pd.DataFrame) -> dict[str, Any]:
 
 
 def _labels(table: pd.DataFrame) -> list[str]:
-    found = {}
-    for row in records(table):
-        if row["donor"] == "own" and row["label"] in (REPLAY, DEAD_END):
-            found.setdefault((row["label"], row["null"]), []).append(row["site"])
     meaning = {
-        REPLAY: "two observations lead to the same actions, bit for bit: what comes out is the donor, and no evidence "
-        "of what the model does with its input",
+        REPLAY: "two observations lead to the same actions, bit for bit: they are made of the donor's values, and "
+        "are no evidence of what the model does with what it sees",
         DEAD_END: "no action depends on what is replaced: what comes out is the run without injection",
     }
-    return [f"{label} under the {null} prompt ({meaning[label]}): {', '.join(sites)}"
-            for (label, null), sites in found.items()]  # fmt: skip
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in records(table):
+        if row["donor"] == "own" and row["label"] in meaning:
+            found.setdefault((row["label"], row["site"]), []).append(row["null"])
+    nulls = {row["null"] for row in records(table)}
+    named = {key: "" if set(each) == nulls else f" ({' and '.join(each)} prompt only)" for key, each in found.items()}
+    return [
+        f"{label} ({text}): " + ", ".join(f"{site}{said}" for (each, site), said in named.items() if each == label)
+        for label, text in meaning.items() if any(each == label for each, _ in named)
+    ]  # fmt: skip
 
 
 def _notes(settings: Settings, table: pd.DataFrame, moved: pd.DataFrame | None) -> list[str]:
@@ -331,7 +333,8 @@ def _notes(settings: Settings, table: pd.DataFrame, moved: pd.DataFrame | None) 
         "Starts and the policy's noise are the donor's own, so a site that is not a cut set brings an episode back as "
         "far as its values decide what the prompt would have.",
         "The unrelated donor has another task and another seed; where actions are made from noise, its noise is "
-        "injected too: without it, a flow-matching expert ends elsewhere by the difference of the two noises.",
+        "injected too: without it, a flow-matching expert ends elsewhere by the difference of the two noises. "
+        "Actions are moves: from another start, the same ones end elsewhere (to_source).",
     ]
     if settings.moved and moved is None:
         notes.append(f"Objects of the suite {settings.suite!r} cannot be moved: this control was not run.")

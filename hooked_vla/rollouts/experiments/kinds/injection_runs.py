@@ -9,15 +9,19 @@ from typing import Any
 
 import numpy as np
 
+from hooked_vla.hooks.names import resolve
 from hooked_vla.inputs import Observation
+from hooked_vla.interventions.injection import Injection
+from hooked_vla.interventions.injection_reach import Reach, find_reach
 from hooked_vla.interventions.injection_sites import choose_sites
 from hooked_vla.rollouts.activations import ActivationRecorder, ActivationWatcher
 from hooked_vla.rollouts.arms import BASELINE
 from hooked_vla.rollouts.cells import Scene, spread_scenes
 from hooked_vla.rollouts.experiments.compare import Normalize, Runs, cosine, read_runs
 from hooked_vla.rollouts.experiments.context import Context
-from hooked_vla.rollouts.injection import Source, sources_of
-from hooked_vla.rollouts.settings import Options
+from hooked_vla.rollouts.injection import MAX_BYTES, Source, load_donors, open_recording, sources_of
+from hooked_vla.rollouts.noise import SeededNoise
+from hooked_vla.rollouts.settings import Options, constant_text
 from hooked_vla.rollouts.suites import get_suite
 from hooked_vla.vla import HookedVLA
 
@@ -192,8 +196,14 @@ def gate(runs: Runs, limit: float, arm: str = BASELINE.name) -> str | None:
     return None if success >= limit else f"the arm {arm!r} succeeds in {success:.0%}: a floor effect, not judged"
 
 
-def first_noise(context: Context, observation: Observation, seed: int) -> Any:
-    """What the model draws at the start of the episode with that seed."""
-    from hooked_vla.rollouts.noise import SeededNoise
-
-    return SeededNoise.of(context.model, observation)([seed], 0)
+def reach_of(
+    context: Context, source: Recorded, episode: int, injection: Injection, first: Observation, second: Observation,
+    seed: int,
+) -> Reach:  # fmt: skip
+    """What an injection from a recorded episode's first step shows, by running two observations as rollouts would."""
+    model = context.model
+    sites = resolve(list(injection.sites), list(model.points))
+    donor = load_donors(open_recording(source.folder), [episode], sites, injection, MAX_BYTES, "reach")[episode]
+    with constant_text(model.processor, context.options.constant_text):
+        noise = SeededNoise.of(model, first)([seed], 0)
+        return find_reach(model, injection, donor, first, second, noise, 0)

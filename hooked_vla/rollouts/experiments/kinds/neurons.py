@@ -1,0 +1,279 @@
+"""Neurons that speak for a word, held at a constant while the policy acts: does height or speed follow?
+
+A word's neurons are found in the vocabulary alone, before anything is run. They are overwritten in the style suite, in
+episodes that are told the opposite style and in episodes that are told none (whose demonstrations had every style).
+Beside them: as many random neurons, the word itself in the prompt, and a rerun. The dose is chosen on half of the
+episodes and judged on the other half.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hooked_vla.analysis.lens import (
+    Vocabulary,
+    cluster_neurons,
+    find_neurons,
+    neuron_sites,
+    read_vocabulary,
+    words_of,
+)
+from hooked_vla.analysis.neurons import Neurons, activation_scales
+from hooked_vla.extras import needs_analysis_extra
+from hooked_vla.hooks.model import HookRequest
+from hooked_vla.hooks.names import layer
+from hooked_vla.interventions import EditArm
+from hooked_vla.rollouts.acting import prepare
+from hooked_vla.rollouts.arms import BASELINE, Arm
+from hooked_vla.rollouts.cells import Cell
+from hooked_vla.rollouts.experiments.compare import GATE, RERUN, mean_with_interval, rerun
+from hooked_vla.rollouts.experiments.context import Context
+from hooked_vla.rollouts.experiments.kinds.battery_runs import records, settings_in, threshold
+from hooked_vla.rollouts.experiments.kinds.neurons_shifts import (
+    NEURONS,
+    PROMPT,
+    RANDOM,
+    SAID,
+    STYLES,
+    UNSAID,
+    dose_figures,
+    episode_shifts,
+    references,
+    shift_table,
+)
+from hooked_vla.rollouts.experiments.outcome import Outcome, Verdict
+from hooked_vla.rollouts.suites import get_suite
+
+with needs_analysis_extra():
+    import pandas as pd
+
+SUITE = "style"
+_N_CLUSTERS = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """episodes: of each task and arm. words: of neurons_shifts.STYLES. n_neurons: of each word, the best among those
+    that have it among their `n_top` tokens. doses: the constant, in multiples of the 99th percentile of the neurons'
+    absolute activations (mean over layers). n_random: sets of as many random neurons. least_success: share of episodes
+    in which the policy must still succeed for a shift to count as steering."""
+
+    episodes: int
+    words: tuple[str, ...]
+    n_neurons: int
+    n_top: int
+    doses: tuple[float, ...]
+    n_random: int
+    least_success: float
+
+    def __post_init__(self) -> None:
+        if unknown := [word for word in self.words if word not in STYLES]:
+            raise ValueError(f"no style of the tabletop is said by {unknown}; words: {list(STYLES)}")
+
+
+@dataclass(frozen=True)
+class ToldArm:
+    """Episodes that are told this instruction instead of their own."""
+
+    name: str
+    instruction: str
+
+    def describe(self) -> Mapping[str, Any]:
+        return {"kind": "told", "instruction": self.instruction}
+
+    def hooks(self, rows: Sequence[Cell]) -> Sequence[HookRequest]:
+        return ()
+
+    def observe(self, cell: Cell, env_step: int, frame: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**frame, "instruction": self.instruction}
+
+
+def run(context: Context, settings: Settings) -> Outcome:
+    """Raises ValueError for a model without a vocabulary, or one that does not have the words."""
+    model = context.model
+    tokenizer = model.processor.tokenizer.load() if hasattr(model.processor, "tokenizer") else None
+    if tokenizer is None:
+        raise ValueError(f"{context.model_name} reads no words: no neuron can speak for one")
+    n_words = getattr(getattr(model.net, "vlm", None), "embed", None)
+    words = words_of(tokenizer, n_words.num_embeddings) if n_words is not None else ()
+    vocabulary = read_vocabulary(model, words, source="embed")
+    tables = [_neurons_of(context, vocabulary, word, settings) for word in settings.words]
+    neurons = context.table("neurons", lambda: pd.concat(tables, ignore_index=True))
+    unit = _unit(context, settings)
+    parts = [_run_word(context, settings, word, _chosen(neurons, word), unit) for word in settings.words]
+    shifts = context.table("shifts", lambda: pd.concat(parts, ignore_index=True))
+    table = shift_table(shifts, context.seed)
+    clusters = context.table("clusters", lambda: _clusters(context, vocabulary))
+    doses = best_doses(shifts, settings.least_success)
+    return Outcome(
+        main=table,
+        verdicts=_verdicts(context, shifts, doses),
+        tables={"neurons": neurons, "clusters": clusters},
+        figures=dose_figures(table),
+        notes=_notes(context, settings, unit, table),
+    )
+
+
+def _neurons_of(context: Context, vocabulary: Vocabulary, word: str, settings: Settings) -> pd.DataFrame:
+    """A word's neurons, each once."""
+    found = find_neurons(context.model, vocabulary, [word], n_top=settings.n_top)
+    if len(found) < settings.n_neurons:
+        raise ValueError(
+            f"{len(found)} neurons have {word!r} among their {settings.n_top} tokens, fewer than the "
+            f"{settings.n_neurons} that are asked for: raise n_top or lower n_neurons"
+        )
+    return found.head(settings.n_neurons).assign(keyword=word)
+
+
+def _chosen(neurons: pd.DataFrame, word: str) -> Neurons:
+    at: dict[str, tuple[int, ...]] = {}
+    for row in records(neurons):
+        if row["keyword"] == word:
+            at[row["site"]] = (*at.get(row["site"], ()), int(row["neuron"]))
+    return Neurons(at)
+
+
+def _unit(context: Context, settings: Settings) -> float:
+    """What a dose of 1 is: the 99th percentile of absolute activations at episodes' starts, mean over sites."""
+    starts = context.observations(SUITE, 8)
+    prepared = settings_in(context, SUITE, context.options)
+    inputs = prepare(context.model, prepared, [each.frame for each in starts])
+    scales = activation_scales(context.model, inputs, neuron_sites(context.model))
+    return float(sum(scale.high for scale in scales.values()) / len(scales))
+
+
+def _run_word(context: Context, settings: Settings, word: str, neurons: Neurons, unit: float) -> pd.DataFrame:
+    """Every episode's shift under every arm of one word."""
+    tasks = {task.id: task.instruction for task in get_suite(SUITE).tasks}
+    style = STYLES[word]
+    arms: dict[str, tuple[Arm, str, float]] = {
+        PROMPT: (ToldArm(PROMPT, tasks[style.task]), PROMPT, float("nan")),
+    }
+    sets = {NEURONS: neurons} | {f"{RANDOM} {i}": neurons.random(context.model, i) for i in range(settings.n_random)}
+    for name, chosen in sets.items():
+        for dose in settings.doses:
+            arm = EditArm(f"{name} × {dose:g}", chosen.overwrite(dose * unit))
+            arms[arm.name] = (arm, NEURONS if name == NEURONS else RANDOM, dose)
+    where = [style.opposite, f"{style.opposite}-unsaid"]
+    episodes = settings.episodes * len(where)
+    label = f"style_{word}"
+    main = context.rollouts(label, SUITE, [BASELINE, *(arm for arm, _, _ in arms.values())], episodes, where)
+    again = rerun(context, f"{label}_rerun", SUITE, episodes, where)
+    about = {name: (kind, dose) for name, (_, kind, dose) in arms.items()} | {RERUN: (RERUN, float("nan"))}
+    return episode_shifts(word, main, again, about)
+
+
+Key = tuple[str, str]
+
+
+def best_doses(shifts: pd.DataFrame, least: float) -> dict[Key, float]:
+    """For every word and kind of prompt the dose with the largest mean shift, on the episodes for choosing, among those
+    under which the policy still succeeds in a share `least` of them; nothing for a word that has no such dose."""
+    cells: dict[tuple[str, str, float], list[Mapping[str, Any]]] = {}
+    for row in records(shifts):
+        if row["arm_kind"] == NEURONS and not row["held_out"]:
+            cells.setdefault((row["word"], row["prompt"], row["dose"]), []).append(row)
+    best: dict[Key, tuple[float, float]] = {}
+    for (word, prompt, dose), rows in cells.items():
+        works = sum(row["success"] for row in rows) / len(rows) >= least
+        shift = sum(row["shift"] for row in rows) / len(rows)
+        if works and shift > best.get((word, prompt), (float("-inf"), 0.0))[0]:
+            best[word, prompt] = (shift, dose)
+    return {key: dose for key, (_, dose) in best.items()}
+
+
+def _verdicts(context: Context, shifts: pd.DataFrame, doses: Mapping[Key, float]) -> list[Verdict]:
+    rows, usual = records(shifts), references(shifts)
+    base = [row["success"] for row in rows if row["arm_kind"] == BASELINE.name]
+    why = ""
+    if sum(base) / len(base) < GATE:
+        why = f"the baseline succeeds in {sum(base) / len(base):.0%}: a floor effect, not judged"
+    elif weak := [word for word, shift in usual.items() if shift <= 0]:
+        why = f"the words {weak} in the prompt do not shift what they say: there is no reference"
+    if why:
+        return [Verdict(rule, None, why) for rule in ("said-shift", "unsaid-weak")]
+    said, unsaid = (_judge(context, rows, usual, doses, prompt) for prompt in (SAID, UNSAID))
+    limits = [threshold(context, rule) for rule in ("said-shift", "unsaid-weak")]
+    return [
+        Verdict("said-shift", said.share >= limits[0] and said.low > said.random, said.text),
+        Verdict("unsaid-weak", unsaid.share < limits[1] if unsaid.words else None, unsaid.text),
+    ]
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """Mean shift of words' neurons as a share of what the words in the prompt do, its low end, and random neurons'."""
+
+    share: float
+    low: float
+    random: float
+    words: tuple[str, ...]
+    text: str
+
+
+def _judge(
+    context: Context, rows: Sequence[Mapping[str, Any]], usual: Mapping[str, float], doses: Mapping[Key, float],
+    prompt: str,
+) -> _Judged:  # fmt: skip
+    """The words with a dose that leaves the policy working, on held-out episodes; the others count as no shift."""
+    words = tuple(word for word in usual if (word, prompt) in doses)
+    means = {}
+    for kind in (NEURONS, RANDOM):
+        part = [
+            row for row in rows
+            if row["held_out"] and row["prompt"] == prompt and row["arm_kind"] == kind
+            and row["dose"] == doses.get((row["word"], prompt))
+        ]  # fmt: skip
+        shares = [row["shift"] / usual[row["word"]] for row in part]
+        means[kind] = mean_with_interval(shares, [(row["word"], row["seed"]) for row in part], context.seed)
+    if not words:
+        return _Judged(0.0, 0.0, 0.0, (), "the policy fails at every dose of every word: there is nothing to steer")
+    (share, low, high), random = means[NEURONS], means[RANDOM]
+    each = ", ".join(f"{word} × {doses[word, prompt]:g}" for word in words)
+    broken = [word for word in usual if word not in words]
+    text = (
+        f"{share:+.0%} ({low:+.0%} to {high:+.0%}) of what the word in the prompt does, random neurons {random[0]:+.0%} "
+        f"({random[1]:+.0%} to {random[2]:+.0%}); doses {each}"
+        + (f"; the policy fails at every dose of {', '.join(broken)}, which counts as no shift" if broken else "")
+    )
+    part = len(words) / len(usual)
+    return _Judged(share * part, low * part, random[0] * part, words, text)
+
+
+def _clusters(context: Context, vocabulary: Vocabulary) -> pd.DataFrame:
+    """What the neurons of every layer speak for, in groups."""
+    rows = []
+    for site in neuron_sites(context.model):
+        found = cluster_neurons(context.model, vocabulary, site, _N_CLUSTERS, seed=0)
+        for number, words in enumerate(found.words):
+            size = int((found.of == number).sum())
+            rows.append({"layer": layer(site), "cluster": number, "neurons": size, "words": " ".join(words)})
+    return pd.DataFrame(rows)
+
+
+def _notes(context: Context, settings: Settings, unit: float, table: pd.DataFrame) -> list[str]:
+    vlm: Any = getattr(context.model.net, "vlm", None)
+    head = getattr(vlm, "unembed", None)
+    if head is None:
+        read = "the model has no output layer over its vocabulary"
+    elif head.weight is vlm.embed.weight:
+        read = "they are tied to the output layer, and are the same numbers"
+    else:
+        read = "its output layer takes no part in acting, and training the policy did not touch it"
+    lost = [row for row in records(table) if row["arm_kind"] == NEURONS and row["success"] < settings.least_success]
+    notes = [
+        f"Value vectors are read in the directions of the model's input embeddings: {read}.",
+        f"A dose of 1 is an activation of {unit:.3g}, the 99th percentile of absolute activations at episodes' starts. A "
+        "word's dose is the one with the largest shift on episodes of even seeds among those that leave the policy at "
+        f"{settings.least_success:.0%} success; verdicts are on episodes of odd seeds.",
+        "Neurons of the last block are left out where no action depends on them. Edits act on all tokens, at every plan.",
+        "One policy was trained on demonstrations with style words and, in other episodes, without them (every style "
+        "under one prompt). The published comparison trains a policy on the latter alone, which is not done here.",
+        "Height is the mean height of the cup over an episode, speed the length of its path over the steps.",
+    ]
+    if lost:
+        each = ", ".join(f"{row['word']} × {row['dose']:g} ({row['prompt']}: {row['success']:.0%})" for row in lost)
+        notes.append(
+            f"Success is below {settings.least_success:.0%} under {each}: shifts there are damage, not steering."
+        )
+    return notes
