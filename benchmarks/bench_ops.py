@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ import gpu_clock
 import torch
 import typer
 from gpu_predictions import predictions
-from harness import RESULTS, ROOT, Row, check_targets, clock, compare, in_turns, machine, report, write_json
+from harness import RESULTS, ROOT, Row, Target, check_targets, clock, compare, in_turns, machine, report, write_json
 from op_cases import CASES, Case, Inputs, Shape, chunk, first_tokens, in_float64, widths
 from rich.console import Console
 from rich.table import Table
@@ -44,6 +44,8 @@ TARGET_SHAPE = {"n": 256, "d": 1024, "m": 32768}
 # ours / eager idiom, on a CPU at the target's shape; on a GPU a top-k splice at any
 CPU_LIMITS = {"delta_splice": 1 / 100, "sae_splice": 1 / 2.5, "lowrank_edit": 1 / 4}
 GPU_LIMITS = {"sae_splice": 1 / 4}
+# of a copy's speed, on a GPU with at least so many tokens
+LEAST_SHARE, SHARE_FROM = {"lowrank_edit": 0.6}, 1024
 
 
 def _last(case: ElementTree.Element, attribute: str) -> str:
@@ -230,6 +232,17 @@ def copy_share(case: Case, shape: Shape, ours: Row, bytes_rate: float) -> float:
     return round(case.cost(shape)[0] * shape.dtype.itemsize / bytes_rate / (ours.ms / 1e3), 3)
 
 
+def share_targets(cases: Sequence[tuple[Case, Shape]], details: Mapping[str, dict[str, float]]) -> list[Target]:
+    """Whether ops that only move memory come near a copy, on a GPU. ratio: their share of its speed."""
+    found = []
+    for case, shape in cases:
+        least, label = LEAST_SHARE.get(case.op), f"{case.op} {shape}"
+        if least is not None and shape.device != "cpu" and shape.n >= SHARE_FROM:
+            share = details[label]["copy_share"]
+            found.append(Target(label, OURS, "copy", least, share, share >= least))
+    return found
+
+
 def show(console: Console, entries: Sequence[dict[str, Any]], rows: Sequence[Row], met: dict[str, bool]) -> None:
     table = Table("op", "n", "d", "m", "k", "dtype", "eager ms", "ours ms", "× faster", "× floor", "target")
     ours = [row for row in rows if row.variant == OURS]
@@ -287,7 +300,7 @@ def main(
             details[ours.size] = {"error": error, "copy_share": copy_share(case, shape, ours, rates[0])}
             timed.append((case, shape))
             entries.append(entry(case, shape, ours, floor_seconds(case, shape, *rates)))
-    targets = check_targets(rows, limits(timed))
+    targets = [*check_targets(rows, limits(timed)), *share_targets(timed, details)]
     show(console, entries, rows, {target.size: target.met for target in targets})
     about = {
         "machine": machine(threads) | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}),

@@ -57,12 +57,30 @@ def _select_plainly(i: Inputs) -> object:
     return i["z"].topk(i["k"], dim=1)
 
 
+# n, d, m -> µs of a top-k splice: the eager idiom, and with rank_count in place of the selection
+SPLICES = {
+    (50, 1024, 16384): (111, 12), (256, 1024, 16384): (164, 16), (560, 2048, 16384): (341, 53),
+    (1024, 1024, 32768): (777, 93),
+}  # fmt: skip
+
+
+def _splices() -> list[dict[str, Any]]:
+    delta, splice = (next(case for case in CASES if case.op == op) for op in ("delta_splice", "sae_splice"))
+    found = []
+    for (n, d, m), (eager, rank) in SPLICES.items():
+        calls = {"delta": delta.ours, "eager": splice.eager, "splice": splice.ours}
+        times, size = _microseconds(calls, Shape(n, d, m, 64, 16, DTYPE, "cuda")), f"n={n} d={d} m={m}"
+        found += [
+            _prediction(f"eager top-k splice, {size}", 0, eager, "µs", times["eager"]),
+            _prediction(f"top-k splice with rank_count, {size}", 0, rank, "µs", times["splice"]),
+            _prediction(f"delta_splice, {size}", 4, 8, "µs", times["delta"]),
+        ]
+    return found
+
+
 def predictions() -> list[dict[str, Any]]:
     """Each with what was measured; needs a GPU."""
-    few = Shape(50, 1024, 16384, 64, 16, DTYPE, "cuda")
-    many = Shape(560, 2048, 16384, 64, 16, DTYPE, "cuda")
-    delta, splice = (next(case for case in CASES if case.op == op) for op in ("delta_splice", "sae_splice"))
-    small = _microseconds({"delta": delta.ours, "eager": splice.eager, "splice": splice.ours}, few)
+    many, training = (Shape(n, d, m, 64, 16, DTYPE, "cuda") for n, d, m in ((560, 2048, 16384), (8192, 1024, 32768)))
     calls: dict[str, Callable[[Inputs], Any]] = {
         "topk": _select_plainly,
         "select": _select,
@@ -70,15 +88,16 @@ def predictions() -> list[dict[str, Any]]:
         "gmax": lambda i: encode_gmax(i["x"], i["w_enc"], i["b_enc"], 32),
         "rank": lambda i: rank_count(i["x"], i["w_enc"], i["b_enc"], i["features"]),
     }
-    large = _microseconds(calls, many)
-    small_size, large_size = "n=50 d=1024 m=16384", "n=560 d=2048 m=16384"
-    gmax, rank = large["gmax"] / large["linear"], large["rank"] / large["linear"]
+    times, size = _microseconds(calls, many), "n=560 d=2048 m=16384"
+    gmax, rank = times["gmax"] / times["linear"], times["rank"] / times["linear"]
+    backward = next(case for case in CASES if case.op == "sparse_backward")
+    step = _microseconds({"ours": backward.ours, "eager": backward.eager}, training, backward.op)
     return [
-        _prediction(f"torch.topk, {large_size}", 0, 120, "µs", large["topk"]),
-        _prediction(f"eager top-k splice, {small_size}", 0, 110, "µs", small["eager"]),
-        _prediction(f"top-k splice with rank_count, {small_size}", 0, 14, "µs", small["splice"]),
-        _prediction(f"delta_splice, {small_size}", 4, 8, "µs", small["delta"]),
-        _prediction(f"encode_gmax over cuBLAS's linear, {large_size}", 1, 1.2, "ratio", gmax),
-        _prediction(f"select_topk, {large_size}", 8, 15, "µs", large["select"]),
-        _prediction(f"rank_count over cuBLAS's linear, {large_size}", 1, 1.15, "ratio", rank),
-    ]
+        *_splices(),
+        _prediction(f"torch.topk, {size}", 0, 120, "µs", times["topk"]),
+        _prediction(f"encode_gmax over cuBLAS's linear, {size}", 1, 1.2, "ratio", gmax),
+        _prediction(f"select_topk, {size}", 8, 15, "µs", times["select"]),
+        _prediction(f"rank_count over cuBLAS's linear, {size}", 1, 1.15, "ratio", rank),
+        _prediction("sparse_backward over the eager idiom, n=8192 d=1024 m=32768", 0, 1 / 3.8, "ratio",
+                    step["ours"] / step["eager"]),
+    ]  # fmt: skip

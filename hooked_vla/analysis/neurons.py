@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.hooks import HookedModel, HookPoint
-from hooked_vla.hooks.names import leaf
+from hooked_vla.hooks.names import layer, leaf
 from hooked_vla.interventions import Overwrite
 
 if TYPE_CHECKING:
@@ -78,7 +80,6 @@ class ActivationScale:
     largest: float
 
 
-@torch.no_grad()
 def activation_scales(
     model: HookedModel, obs: Any, sites: Sequence[str], noise: Any = None
 ) -> dict[str, ActivationScale]:
@@ -86,21 +87,76 @@ def activation_scales(
 
     Raises KeyError for an unknown site.
     """
-    seen: dict[str, list[Tensor]] = {}
-
-    def keep(value: Tensor, hook: HookPoint) -> None:
-        valid = value
-        segments = hook.segments
-        if segments is not None and "pad" in segments.names:
-            valid = value[~segments.mask("pad").to(value.device)]
-        seen.setdefault(hook.name, []).append(valid.detach().abs().float().flatten().cpu())
-
-    with model.hooks([(list(sites), keep)]):
-        model(obs, noise)
     found = {}
-    for site, parts in seen.items():
-        values = torch.cat(parts).numpy()
+    for site, rows in _activations(model, obs, sites, noise).items():
+        values = torch.cat(rows).abs().numpy()
         found[site] = ActivationScale(
             float(np.sqrt(np.mean(values**2))), float(np.quantile(values, 0.99)), float(values.max())
         )
     return found
+
+
+def contrast_neurons(
+    model: HookedModel, with_it: Any, without: Any, sites: Sequence[str], noise: Any = None
+) -> "pd.DataFrame":
+    """Neurons by how much more active they are in one batch of observations than in another; no vocabulary is needed.
+
+    site, layer, neuron; difference: of means over tokens that are not padding, mean over rows; z: the same over the
+    standard deviation of the rows' differences; strength: the same over that of all means of the site, the largest
+    first.
+
+    with_it, without: batches whose rows are pairs, such as the same scenes under two prompts.
+    Raises ValueError for batches of different sizes or a single pair, KeyError for an unknown site.
+    """
+    with needs_analysis_extra():
+        import pandas as pd
+    means = [
+        {
+            site: torch.stack([row.mean(0) for row in rows])
+            for site, rows in _activations(model, each, sites, noise).items()
+        }
+        for each in (with_it, without)
+    ]
+    parts = []
+    for site, first in means[0].items():
+        second = means[1][site]
+        if len(first) != len(second) or len(first) < 2:
+            raise ValueError(f"rows must be pairs, two or more: got {len(first)} and {len(second)}")
+        change = first - second
+        spread = torch.cat([first, second]).std()
+        parts.append(
+            pd.DataFrame(
+                {
+                    "site": site,
+                    "layer": layer(site),
+                    "neuron": np.arange(change.shape[1]),
+                    "difference": change.mean(0).numpy(),
+                    "z": (change.mean(0) / change.std(0).clamp(min=1e-12)).numpy(),
+                    "strength": (change.mean(0) / spread).numpy(),
+                }
+            )
+        )
+    table: pd.DataFrame = pd.concat(parts, ignore_index=True)
+    return table.sort_values(by="strength", ascending=False, kind="stable").reset_index(drop=True)
+
+
+@torch.no_grad()
+def _activations(
+    model: HookedModel, obs: Any, sites: Sequence[str], noise: Any
+) -> dict[str, list[Float[Tensor, "token d_mlp"]]]:
+    """Every row's activations of the tokens that are not padding; of a site that runs repeatedly, those of every
+    step one after the other."""
+    seen: dict[str, list[list[Tensor]]] = {}
+
+    def keep(value: Tensor, hook: HookPoint) -> None:
+        segments = hook.segments
+        valid = torch.ones(value.shape[:2], dtype=torch.bool)
+        if segments is not None and "pad" in segments.names:
+            valid = ~segments.mask("pad").cpu()
+        rows = seen.setdefault(hook.name, [[] for _ in value])
+        for row, each, mask in zip(rows, value.detach().float().cpu(), valid, strict=True):
+            row.append(each[mask])
+
+    with model.hooks([(list(sites), keep)]):
+        model(obs, noise)
+    return {site: [torch.cat(row) for row in rows] for site, rows in seen.items()}

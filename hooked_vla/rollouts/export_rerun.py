@@ -1,11 +1,10 @@
 """An episode for Rerun's viewer: images, states, actions and rewards on a time line of environment steps."""
 
-import os
-import re
 from pathlib import Path
 from typing import Any
 
 from hooked_vla.extras import needs_packages
+from hooked_vla.rollouts.records import write_file
 from hooked_vla.rollouts.replay import Episode
 
 with needs_packages(("rerun",), "Rerun's recordings need: pip install hooked-vla[export]"):
@@ -24,28 +23,17 @@ def write_rerun(path: str | Path, episode: Episode, jpeg_quality: int = 90) -> P
     if not 1 <= jpeg_quality <= 100:
         raise ValueError(f"jpeg_quality is 1..100, got {jpeg_quality}")
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        recording = rr.RecordingStream(APPLICATION, recording_id=f"{path.stem}-{episode.number}")
-        recording.save(temporary)
-        about = dict(episode.about) | {"instruction": episode.instruction, "episode": episode.number}
-        text = "\n".join(f"- {key}: {value}" for key, value in about.items())
-        recording.log("about", rr.TextDocument(text, media_type=rr.MediaType.MARKDOWN), static=True)
-        for step in range(len(episode) + 1):
-            recording.set_time("env_step", sequence=step)
-            recording.set_time("time", duration=step / episode.fps)
-            _log_step(recording, episode, step, jpeg_quality)
-        recording.flush()
-        recording.disconnect()
-        temporary.replace(path)
-    except RuntimeError as error:
-        # what the system said, in Rerun's words
-        if (said := re.search(r"\(os error (\d+)\)", str(error))) is None:
-            raise
-        raise OSError(int(said[1]), os.strerror(int(said[1])), str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    recording = rr.RecordingStream(APPLICATION, recording_id=f"{path.stem}-{episode.number}")
+    # in memory: Rerun's own writer of files waits for ever on a full disk
+    kept = recording.memory_recording()
+    about = dict(episode.about) | {"instruction": episode.instruction, "episode": episode.number}
+    text = "\n".join(f"- {key}: {value}" for key, value in about.items())
+    recording.log("about", rr.TextDocument(text, media_type=rr.MediaType.MARKDOWN), static=True)
+    for step in range(len(episode) + 1):
+        recording.set_time("env_step", sequence=step)
+        recording.set_time("time", duration=step / episode.fps)
+        _log_step(recording, episode, step, jpeg_quality)
+    write_file(path, kept.drain_as_bytes())
     return path
 
 

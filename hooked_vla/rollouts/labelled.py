@@ -227,22 +227,33 @@ def labelled(
     Raises KeyError for a site, denoise step or segment that was not recorded, and where no row of `labels` was;
     ValueError for a token axis that is not the second, and a token that a row does not have.
     """
-    keys = recording.keys(site)
-    wanted = {(int(e), int(s)) for e, s in zip(labels["episode"], labels["env_step"], strict=True)}
+    return labelled_segments(recording, labels, site, [segment], token, denoise_step)[segment]
+
+
+def labelled_segments(
+    recording: ActivationRecording,
+    labels: pd.DataFrame,
+    site: str,
+    segments: Sequence[str | None],
+    token: int | None = None,
+    denoise_step: int | None = None,
+) -> dict[str | None, Labelled]:
+    """`labelled` for several segments, reading the recording once. Raises as `labelled`."""
+    places = list(zip(labels["episode"].astype(int), labels["env_step"].astype(int), strict=True))
+    keys, wanted = recording.keys(site), set(places)
     chosen = [key for key in keys if key[:2] in wanted and key[2] == denoise_step]
     if not chosen:
         steps = sorted({key[2] for key in keys if key[2] is not None})
         raise KeyError(f"nothing of {site} at denoise step {denoise_step} for these rows; recorded steps: {steps}")
-    vectors: dict[tuple[int, int], Tensor] = {}
+    vectors: dict[tuple[int, int], list[Tensor]] = {}
     for key in chosen:
-        value = recording.get(key[0], key[1], site, key[2])
-        vectors[key[0], key[1]] = pool(value, recording.segments(key[0], key[1], site, key[2]), segment, token, site)
-    places = list(zip(labels["episode"].astype(int), labels["env_step"].astype(int), strict=True))
-    kept = [place in vectors for place in places]
-    table = labels.loc[kept].reset_index(drop=True)
+        value, table = recording.get(key[0], key[1], site, key[2]), recording.segments(key[0], key[1], site, key[2])
+        vectors[key[0], key[1]] = [pool(value, table, segment, token, site) for segment in segments]
+    rows = labels.loc[[place in vectors for place in places]].reset_index(drop=True)
     if denoise_step is not None:
-        table["denoise_step"] = denoise_step
-    return Labelled(torch.stack([vectors[place] for place in places if place in vectors]), table)
+        rows["denoise_step"] = denoise_step
+    kept = [vectors[place] for place in places if place in vectors]
+    return {segment: Labelled(torch.stack([each[i] for each in kept]), rows) for i, segment in enumerate(segments)}
 
 
 def pool(

@@ -101,7 +101,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "oft-tabletop": Recipe(
         "openvla_oft",
-        Schedule(steps=4500, batch=64, n_draws=1, rate=6e-4),
+        Schedule(steps=2000, batch=64, n_draws=1, rate=6e-4),
         Readout("vlm.blocks.3.hook_resid_pre", 0.5),
         scaled=_TOWERS,
     ),

@@ -28,6 +28,10 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64, 64 * 1024),
 }
 
+# what Config.expects may be: matrix products on tensor cores, loads of 16 bytes
+TENSOR_CORES = {"sm_80": ("mma.sync",), "sm_90": ("wgmma",), "gfx942": ("v_mfma",)}
+WIDE_LOADS = {"sm_80": ("ld.global.v4",), "sm_90": ("ld.global.v4",), "gfx942": ("global_load_dwordx4",)}
+
 
 @dataclass(frozen=True)
 class Config:

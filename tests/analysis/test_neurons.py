@@ -3,8 +3,9 @@
 import pandas as pd
 import pytest
 import torch
+from conftest import make_observation
 
-from hooked_vla.analysis.neurons import Neurons, activation_scales
+from hooked_vla.analysis.neurons import Neurons, activation_scales, contrast_neurons
 
 FIRST, SECOND = "vlm.blocks.0.mlp.hook_post", "vlm.blocks.1.mlp.hook_post"
 
@@ -61,3 +62,24 @@ def test_scales_are_those_of_tokens_that_are_not_padding(tiny_model, observation
     assert scale.rms == pytest.approx(float(values.square().mean().sqrt()), rel=1e-5)
     assert scale.high == pytest.approx(float(values.flatten().quantile(0.99)), rel=1e-5)
     assert not any(point.listeners for point in tiny_model.points.values())
+
+
+def test_neurons_that_differ_between_prompts_are_found(tiny_model):
+    pair = [make_observation(2, seed=0, instruction=texts) for texts in (["go up", "go up"], ["go on", "go on"])]
+    noise = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0))
+    table = contrast_neurons(tiny_model, *pair, [FIRST, SECOND], noise)
+    means = []
+    for obs in pair:
+        with torch.no_grad():
+            _, cache = tiny_model.run_with_cache(obs, [FIRST, SECOND], noise)
+        valid = ~cache.segments["vlm"].mask("pad")
+        means.append({site: torch.stack([v[m].mean(0) for v, m in zip(cache[site], valid, strict=True)])
+                      for site in (FIRST, SECOND)})  # fmt: skip
+    best = table.iloc[0]
+    change = means[0][best["site"]] - means[1][best["site"]]
+    spread = torch.cat([means[0][best["site"]], means[1][best["site"]]]).std()
+    assert best["difference"] == pytest.approx(float(change.mean(0)[best["neuron"]]), rel=1e-4)
+    assert best["strength"] == pytest.approx(float((change.mean(0) / spread).max()), rel=1e-4)
+    assert table["strength"].is_monotonic_decreasing and best["strength"] > 0 > table.iloc[-1]["strength"]
+    with pytest.raises(ValueError, match="rows must be pairs, two or more: got 2 and 1"):
+        contrast_neurons(tiny_model, pair[0], make_observation(1), [FIRST])

@@ -57,6 +57,19 @@ def test_shapes_are_those_of_the_models() -> None:
     assert len(targets) == 3
 
 
+def test_shares_of_a_copys_speed_are_targets_on_a_gpu() -> None:
+    cases = [(case, Shape(n, 1024, 8192, 64, 16, torch.bfloat16, "cuda")) for case in CASES for n in (256, 1024)]
+    details = {f"{case.op} {shape}": {"copy_share": 0.59} for case, shape in cases}
+    (target,) = bench_ops.share_targets(cases, details)
+    assert target.size.startswith("lowrank_edit n=1024 ") and (target.limit, target.ratio, target.met) == (
+        0.6,
+        0.59,
+        False,
+    )
+    details[target.size]["copy_share"] = 0.6
+    assert bench_ops.share_targets(cases, details)[0].met
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
 def test_ours_and_the_idiom_compute_the_same(case: Any) -> None:
     assert bench_ops.check(case, SMALL, inputs_of(case)) < 2e-6

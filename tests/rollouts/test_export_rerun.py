@@ -1,5 +1,6 @@
 """Rerun's recordings: what was logged is read back with Rerun's own reader."""
 
+import errno
 import importlib.util
 import io
 import sys
@@ -81,6 +82,19 @@ def test_what_cannot_be_logged_leaves_nothing(episode, tmp_path):
         write_rerun(tmp_path / "a.rrd", replace(episode, columns={"x": [object()] * len(episode)}))
     with pytest.raises(ValueError, match="jpeg_quality is 1..100, got 0"):
         write_rerun(tmp_path / "a.rrd", episode, jpeg_quality=0)
+    assert not [*tmp_path.iterdir()]
+
+
+@needs_rerun
+def test_a_full_disk_leaves_nothing(episode, tmp_path, monkeypatch):
+    from hooked_vla.rollouts.export_rerun import write_rerun
+
+    def fill(path: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    with pytest.raises(OSError, match=r"No space left on device: .*a\.rrd"):
+        write_rerun(tmp_path / "a.rrd", episode)
     assert not [*tmp_path.iterdir()]
 
 

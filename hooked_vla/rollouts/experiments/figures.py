@@ -93,7 +93,7 @@ def heat_map(
     _require(table, [rows, columns, value])
     if table.duplicated([rows, columns]).any():
         first = table[table.duplicated([rows, columns])].iloc[0]
-        raise ValueError(f"{rows} {first[rows]!r} and {columns} {first[columns]!r} come together more than once")
+        raise ValueError(f"{rows} {first[rows]} and {columns} {first[columns]} come together more than once")
     y, x = list(dict.fromkeys(table[rows])), list(dict.fromkeys(table[columns]))
     grid = np.full((len(y), len(x)), np.nan)
     for row, column, number in zip(table[rows], table[columns], table[value], strict=True):

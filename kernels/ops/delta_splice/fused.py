@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hooked_vla.kernels.aot import Config
+from hooked_vla.kernels.aot import TENSOR_CORES, Config
 
 
 @triton.jit
@@ -164,12 +164,13 @@ def _config(tokens: str, weights: str, n_features: int, edit_only: bool = False)
         num_warps=warps,
         num_stages=STAGES,
         name=f"{tokens}-{weights}-S{block_s}" + ("-edit" if edit_only else ""),
-        expects=TENSOR_CORES if tokens == weights == "bf16" else {},
+        expects=SMALL_TENSOR_CORES if tokens == weights == "bf16" else {},
         options=OPTIONS,
     )
 
 
-TENSOR_CORES = {"sm_80": ("mma.sync",), "sm_90": ("mma.sync",), "gfx942": ("v_mfma",)}
+# 16 tokens are too few for wgmma
+SMALL_TENSOR_CORES = {**TENSOR_CORES, "sm_90": ("mma.sync",)}
 CONFIGS = [
     *(_config("bf16", "bf16", n_features) for n_features in (16, 32, 64)),
     *(_config("fp16", "fp16", n_features) for n_features in (16, 64)),

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hooked_vla.kernels.aot import Config
+from hooked_vla.kernels.aot import TENSOR_CORES, Config
 
 
 @triton.jit
@@ -235,7 +235,6 @@ def _configs(tokens: str, weights: str, d: int, r: int) -> list[Config]:
     ]
 
 
-TENSOR_CORES = {"sm_80": ("mma.sync",), "sm_90": ("wgmma",), "gfx942": ("v_mfma",)}
 CONFIGS = [
     *_configs("bf16", "bf16", 1024, 16),
     *_configs("bf16", "bf16", 1024, 32),

@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hooked_vla.kernels.aot import Config
+from hooked_vla.kernels.aot import TENSOR_CORES, Config
 from hooked_vla.kernels.sae_encode_topk.fused import (
     OPTIONS,
-    TENSOR_CORES,
     encode_tile,
     is_narrow,
     order_of,

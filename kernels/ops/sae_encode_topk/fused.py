@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hooked_vla.kernels.aot import Config
+from hooked_vla.kernels.aot import TENSOR_CORES, Config
 from hooked_vla.kernels.sae_encode_topk import packed
 
 LARGEST = tl.constexpr(0x7FFFFFFF)
@@ -135,7 +135,7 @@ def selection(m: int, group: int, k: int) -> dict[str, int] | None:
     if most > MOST_KEYS:
         return None
     return {"GROUP": group, "BLOCK_G": block_g, "BLOCK_C": block_c, "BLOCK_K": block_k,
-            "num_warps": 4 if most <= 1024 else 8 if most <= 4096 else 16}  # fmt: skip
+            "num_warps": 4 if most <= 2048 else 8 if most <= 4096 else 16}  # fmt: skip
 
 
 def best_group(m: int, k: int) -> int:
@@ -226,7 +226,6 @@ def _select_config(m: int, k: int) -> Config:
     )  # fmt: skip
 
 
-TENSOR_CORES = {"sm_80": ("mma.sync",), "sm_90": ("wgmma",), "gfx942": ("v_mfma",)}
 CONFIGS = [
     *(_encode_config("bf16", "bf16", group) for group in GROUPS),
     _encode_config("fp16", "fp16", 32),

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hooked_vla.kernels.aot import Config
+from hooked_vla.kernels.aot import WIDE_LOADS, Config
 
 # Rows that are in flight at once, by the kernel: 16 or 8 rows of a block of columns are 32 registers a thread and sum.
 BLOCK_K = 16
@@ -143,10 +143,6 @@ def sparse_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     d_values = _dots(grad, values if relu else None, indices, w_dec)
     return d_values, *_outer(values, grad, d_values, x, indices, w_dec.shape[0], w_dec.dtype)
-
-
-# rows are read 16 bytes at a time
-WIDE_LOADS = {"sm_80": ("ld.global.v4",), "sm_90": ("ld.global.v4",), "gfx942": ("global_load_dwordx4",)}
 
 
 def _dots_config(dtype: str, d: int, k: int, relu: bool) -> Config:

@@ -10,18 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hooked_vla.kernels.aot import Config
-
-# 16 rows of a block of columns in flight at once are 32 registers a thread, and as many for their sums
-BLOCK_K = 16
-WARPS, STAGES = 4, 2
-OPTIONS = {"enable_fp_fusion": True}
-LAUNCH = {"num_warps": WARPS, "num_stages": STAGES, **OPTIONS}
-
-
-def block_d(d: int) -> int:
-    """Columns of a block; by d alone, so that a token's bits do not depend on how many there are."""
-    return min(256, 1 << (d - 1).bit_length())
+from hooked_vla.kernels.aot import WIDE_LOADS, Config
+from hooked_vla.kernels.sparse_backward.fused import BLOCK_K, LAUNCH, OPTIONS, STAGES, WARPS, block_d
 
 
 @triton.jit
@@ -56,10 +46,6 @@ def sparse_decode(values: Tensor, indices: Tensor, w_dec: Tensor, base: Tensor |
             values, indices, w_dec, w_dec if base is None else base, out, stride, **sizes, **LAUNCH
         )
     return out
-
-
-# rows are read 16 bytes at a time
-WIDE_LOADS = {"sm_80": ("ld.global.v4",), "sm_90": ("ld.global.v4",), "gfx942": ("global_load_dwordx4",)}
 
 
 def _config(dtype: str, d: int, k: int) -> Config:

@@ -53,7 +53,7 @@ def test_heat_maps_hold_the_value_of_every_pair_and_nothing_where_none_was_measu
     assert axes.images[0].get_clim() == (-2, 2)
     assert figure.axes[1].get_ylabel() == "metres"
     assert heat_map(table, "layer", "tokens", "effect", limits=(0, 1), form="").axes[0].images[0].get_clim() == (0, 1)
-    with pytest.raises(ValueError, match="layer 0 and tokens 'image' come together more than once"):
+    with pytest.raises(ValueError, match="layer 0 and tokens image come together more than once"):
         heat_map(pd.concat([table, table]), "layer", "tokens", "effect")
 
 

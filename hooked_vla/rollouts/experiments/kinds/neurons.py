@@ -18,10 +18,11 @@ from hooked_vla.analysis.lens import (
     read_vocabulary,
     words_of,
 )
-from hooked_vla.analysis.neurons import Neurons, activation_scales
+from hooked_vla.analysis.neurons import Neurons, activation_scales, contrast_neurons
 from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.hooks.model import HookRequest
 from hooked_vla.hooks.names import layer
+from hooked_vla.inputs import ModelInputs
 from hooked_vla.interventions import EditArm
 from hooked_vla.rollouts.acting import prepare
 from hooked_vla.rollouts.arms import BASELINE, Arm
@@ -30,6 +31,7 @@ from hooked_vla.rollouts.experiments.compare import GATE, RERUN, mean_with_inter
 from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.kinds.battery_runs import records, settings_in, threshold
 from hooked_vla.rollouts.experiments.kinds.neurons_shifts import (
+    CONTRAST,
     NEURONS,
     PROMPT,
     RANDOM,
@@ -49,6 +51,8 @@ with needs_analysis_extra():
 
 SUITE = "style"
 _N_CLUSTERS = 8
+# episodes' starts on which activations are looked at
+_N_STARTS = 8
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,13 @@ def run(context: Context, settings: Settings) -> Outcome:
     vocabulary = read_vocabulary(model, words, source="embed")
     tables = [_neurons_of(context, vocabulary, word, settings) for word in settings.words]
     neurons = context.table("neurons", lambda: pd.concat(tables, ignore_index=True))
-    unit = _unit(context, settings)
-    parts = [_run_word(context, settings, word, _chosen(neurons, word), unit) for word in settings.words]
+    tables = [_contrasts_of(context, word, settings) for word in settings.words]
+    contrasts = context.table("contrasts", lambda: pd.concat(tables, ignore_index=True))
+    unit = _unit(context)
+    parts = [
+        _run_word(context, settings, word, {NEURONS: _chosen(neurons, word), CONTRAST: _chosen(contrasts, word)}, unit)
+        for word in settings.words
+    ]
     shifts = context.table("shifts", lambda: pd.concat(parts, ignore_index=True))
     table = shift_table(shifts, context.seed)
     clusters = context.table("clusters", lambda: _clusters(context, vocabulary))
@@ -108,7 +117,7 @@ def run(context: Context, settings: Settings) -> Outcome:
     return Outcome(
         main=table,
         verdicts=_verdicts(context, shifts, doses),
-        tables={"neurons": neurons, "clusters": clusters},
+        tables={"neurons": neurons, "contrasts": contrasts, "clusters": clusters},
         figures=dose_figures(table),
         notes=_notes(context, settings, unit, table),
     )
@@ -125,6 +134,21 @@ def _neurons_of(context: Context, vocabulary: Vocabulary, word: str, settings: S
     return found.head(settings.n_neurons).assign(keyword=word)
 
 
+def _contrasts_of(context: Context, word: str, settings: Settings) -> pd.DataFrame:
+    """As many neurons that are more active when the word is said than when its opposite is, in the same scenes."""
+    tasks = {task.id: task.instruction for task in get_suite(SUITE).tasks}
+    style = STYLES[word]
+    both = [_starts(context, tasks[task]) for task in (style.task, style.opposite)]
+    found = contrast_neurons(context.model, both[0], both[1], neuron_sites(context.model))
+    return found.head(settings.n_neurons).assign(keyword=word)
+
+
+def _starts(context: Context, instruction: str) -> ModelInputs:
+    """How some episodes start, all with this instruction, as the model takes them."""
+    frames = [{**each.frame, "instruction": instruction} for each in context.observations(SUITE, _N_STARTS)]
+    return prepare(context.model, settings_in(context, SUITE, context.options), frames)
+
+
 def _chosen(neurons: pd.DataFrame, word: str) -> Neurons:
     at: dict[str, tuple[int, ...]] = {}
     for row in records(neurons):
@@ -133,27 +157,29 @@ def _chosen(neurons: pd.DataFrame, word: str) -> Neurons:
     return Neurons(at)
 
 
-def _unit(context: Context, settings: Settings) -> float:
+def _unit(context: Context) -> float:
     """What a dose of 1 is: the 99th percentile of absolute activations at episodes' starts, mean over sites."""
-    starts = context.observations(SUITE, 8)
-    prepared = settings_in(context, SUITE, context.options)
-    inputs = prepare(context.model, prepared, [each.frame for each in starts])
-    scales = activation_scales(context.model, inputs, neuron_sites(context.model))
+    plain = next(task.instruction for task in get_suite(SUITE).tasks if task.id.endswith("-unsaid"))
+    scales = activation_scales(context.model, _starts(context, plain), neuron_sites(context.model))
     return float(sum(scale.high for scale in scales.values()) / len(scales))
 
 
-def _run_word(context: Context, settings: Settings, word: str, neurons: Neurons, unit: float) -> pd.DataFrame:
-    """Every episode's shift under every arm of one word."""
+def _run_word(
+    context: Context, settings: Settings, word: str, chosen: Mapping[str, Neurons], unit: float
+) -> pd.DataFrame:
+    """Every episode's shift under every arm of one word. chosen: its neurons, by how they were found."""
     tasks = {task.id: task.instruction for task in get_suite(SUITE).tasks}
     style = STYLES[word]
     arms: dict[str, tuple[Arm, str, float]] = {
         PROMPT: (ToldArm(PROMPT, tasks[style.task]), PROMPT, float("nan")),
     }
-    sets = {NEURONS: neurons} | {f"{RANDOM} {i}": neurons.random(context.model, i) for i in range(settings.n_random)}
-    for name, chosen in sets.items():
+    sham = [chosen[NEURONS].random(context.model, seed) for seed in range(settings.n_random)]
+    sets = [*chosen.items(), *((RANDOM, each) for each in sham)]
+    for number, (kind, neurons) in enumerate(sets):
         for dose in settings.doses:
-            arm = EditArm(f"{name} × {dose:g}", chosen.overwrite(dose * unit))
-            arms[arm.name] = (arm, NEURONS if name == NEURONS else RANDOM, dose)
+            name = f"{kind} {number - len(chosen) + 1}" if kind == RANDOM else kind
+            arm = EditArm(f"{name} × {dose:g}", neurons.overwrite(dose * unit))
+            arms[arm.name] = (arm, kind, dose)
     where = [style.opposite, f"{style.opposite}-unsaid"]
     episodes = settings.episodes * len(where)
     label = f"style_{word}"
@@ -163,22 +189,25 @@ def _run_word(context: Context, settings: Settings, word: str, neurons: Neurons,
     return episode_shifts(word, main, again, about)
 
 
-Key = tuple[str, str]
+Key = tuple[str, str, str]
 
 
 def best_doses(shifts: pd.DataFrame, least: float) -> dict[Key, float]:
-    """For every word and kind of prompt the dose with the largest mean shift, on the episodes for choosing, among those
-    under which the policy still succeeds in a share `least` of them; nothing for a word that has no such dose."""
-    cells: dict[tuple[str, str, float], list[Mapping[str, Any]]] = {}
+    """For every word, kind of prompt and way of finding neurons the dose with the largest mean shift, on the episodes
+    for choosing, among those under which the policy still succeeds in a share `least` of them.
+
+    Nothing for a word that has no such dose.
+    """
+    cells: dict[tuple[str, str, str, float], list[Mapping[str, Any]]] = {}
     for row in records(shifts):
-        if row["arm_kind"] == NEURONS and not row["held_out"]:
-            cells.setdefault((row["word"], row["prompt"], row["dose"]), []).append(row)
+        if row["arm_kind"] in (NEURONS, CONTRAST) and not row["held_out"]:
+            cells.setdefault((row["word"], row["prompt"], row["arm_kind"], row["dose"]), []).append(row)
     best: dict[Key, tuple[float, float]] = {}
-    for (word, prompt, dose), rows in cells.items():
+    for (word, prompt, kind, dose), rows in cells.items():
         works = sum(row["success"] for row in rows) / len(rows) >= least
         shift = sum(row["shift"] for row in rows) / len(rows)
-        if works and shift > best.get((word, prompt), (float("-inf"), 0.0))[0]:
-            best[word, prompt] = (shift, dose)
+        if works and shift > best.get((word, prompt, kind), (float("-inf"), 0.0))[0]:
+            best[word, prompt, kind] = (shift, dose)
     return {key: dose for key, (_, dose) in best.items()}
 
 
@@ -192,17 +221,25 @@ def _verdicts(context: Context, shifts: pd.DataFrame, doses: Mapping[Key, float]
         why = f"the words {weak} in the prompt do not shift what they say: there is no reference"
     if why:
         return [Verdict(rule, None, why) for rule in ("said-shift", "unsaid-weak")]
-    said, unsaid = (_judge(context, rows, usual, doses, prompt) for prompt in (SAID, UNSAID))
+    said, unsaid = (_judge(context, rows, usual, doses, prompt, NEURONS) for prompt in (SAID, UNSAID))
+    other, other_unsaid = (_judge(context, rows, usual, doses, prompt, CONTRAST) for prompt in (SAID, UNSAID))
     limits = [threshold(context, rule) for rule in ("said-shift", "unsaid-weak")]
     return [
-        Verdict("said-shift", said.share >= limits[0] and said.low > said.random, said.text),
-        Verdict("unsaid-weak", unsaid.share < limits[1] if unsaid.words else None, unsaid.text),
+        Verdict("said-shift", said.steers(limits[0]), f"{said.text}. {_BESIDE}: {other.text}"),
+        Verdict(
+            "unsaid-weak",
+            unsaid.share < limits[1] if unsaid.words else None,
+            f"{unsaid.text}. {_BESIDE}: {other_unsaid.text}",
+        ),
     ]
+
+
+_BESIDE = "Beside it, neurons that differ between the two prompts"
 
 
 @dataclass(frozen=True)
 class _Judged:
-    """Mean shift of words' neurons as a share of what the words in the prompt do, its low end, and random neurons'."""
+    """Mean shift of chosen neurons as a share of what the words in the prompt do, its low end, and random neurons'."""
 
     share: float
     low: float
@@ -210,32 +247,36 @@ class _Judged:
     words: tuple[str, ...]
     text: str
 
+    def steers(self, least: float) -> bool:
+        """Whether the shift is as large as `least`, and its interval above what random neurons do."""
+        return self.share >= least and self.low > self.random
+
 
 def _judge(
     context: Context, rows: Sequence[Mapping[str, Any]], usual: Mapping[str, float], doses: Mapping[Key, float],
-    prompt: str,
+    prompt: str, found_by: str,
 ) -> _Judged:  # fmt: skip
     """The words with a dose that leaves the policy working, on held-out episodes; the others count as no shift."""
-    words = tuple(word for word in usual if (word, prompt) in doses)
+    words = tuple(word for word in usual if (word, prompt, found_by) in doses)
+    if not words:
+        return _Judged(0.0, 0.0, 0.0, (), "the policy fails at every dose of every word: there is nothing to steer")
     means = {}
-    for kind in (NEURONS, RANDOM):
+    for kind in (found_by, RANDOM):
         part = [
             row for row in rows
             if row["held_out"] and row["prompt"] == prompt and row["arm_kind"] == kind
-            and row["dose"] == doses.get((row["word"], prompt))
+            and row["dose"] == doses.get((row["word"], prompt, found_by))
         ]  # fmt: skip
         shares = [row["shift"] / usual[row["word"]] for row in part]
         means[kind] = mean_with_interval(shares, [(row["word"], row["seed"]) for row in part], context.seed)
-    if not words:
-        return _Judged(0.0, 0.0, 0.0, (), "the policy fails at every dose of every word: there is nothing to steer")
-    (share, low, high), random = means[NEURONS], means[RANDOM]
-    each = ", ".join(f"{word} × {doses[word, prompt]:g}" for word in words)
-    broken = [word for word in usual if word not in words]
+    (share, low, high), random = means[found_by], means[RANDOM]
+    each = ", ".join(f"{word} × {doses[word, prompt, found_by]:g}" for word in words)
+    broken = ", ".join(word for word in usual if word not in words)
     text = (
-        f"{share:+.0%} ({low:+.0%} to {high:+.0%}) of what the word in the prompt does, random neurons {random[0]:+.0%} "
-        f"({random[1]:+.0%} to {random[2]:+.0%}); doses {each}"
-        + (f"; the policy fails at every dose of {', '.join(broken)}, which counts as no shift" if broken else "")
+        f"{share:+.0%} ({low:+.0%} to {high:+.0%}) of what the word in the prompt does, random neurons "
+        f"{random[0]:+.0%} ({random[1]:+.0%} to {random[2]:+.0%}); doses {each}"
     )
+    text += f"; the policy fails at every dose of {broken}, which counts as no shift" if broken else ""
     part = len(words) / len(usual)
     return _Judged(share * part, low * part, random[0] * part, words, text)
 
@@ -260,20 +301,31 @@ def _notes(context: Context, settings: Settings, unit: float, table: pd.DataFram
         read = "they are tied to the output layer, and are the same numbers"
     else:
         read = "its output layer takes no part in acting, and training the policy did not touch it"
-    lost = [row for row in records(table) if row["arm_kind"] == NEURONS and row["success"] < settings.least_success]
+    by = (NEURONS, CONTRAST)
+    lost = [row for row in records(table) if row["arm_kind"] in by and row["success"] < settings.least_success]
     notes = [
         f"Value vectors are read in the directions of the model's input embeddings: {read}.",
-        f"A dose of 1 is an activation of {unit:.3g}, the 99th percentile of absolute activations at episodes' starts. A "
-        "word's dose is the one with the largest shift on episodes of even seeds among those that leave the policy at "
-        f"{settings.least_success:.0%} success; verdicts are on episodes of odd seeds.",
-        "Neurons of the last block are left out where no action depends on them. Edits act on all tokens, at every plan.",
+        f"A dose of 1 is an activation of {unit:.3g}, the 99th percentile of absolute activations at episodes' starts. "
+        "A word's dose is the one with the largest shift on episodes of even seeds among those that leave the policy "
+        f"at {settings.least_success:.0%} success; verdicts are on episodes of odd seeds.",
+        "Beside the value vectors' neurons stand as many that are more active when the word is said than when its "
+        "opposite is, in the same scenes: what steering by neurons can do here without a vocabulary.",
+        "Neurons that no action depends on, such as those of a last block, are left out. Edits act on all tokens, at "
+        "every plan.",
         "One policy was trained on demonstrations with style words and, in other episodes, without them (every style "
         "under one prompt). The published comparison trains a policy on the latter alone, which is not done here.",
         "Height is the mean height of the cup over an episode, speed the length of its path over the steps.",
     ]
-    if lost:
-        each = ", ".join(f"{row['word']} × {row['dose']:g} ({row['prompt']}: {row['success']:.0%})" for row in lost)
+    if context.model_name.endswith("-tabletop"):
         notes.append(
-            f"Success is below {settings.least_success:.0%} under {each}: shifts there are damage, not steering."
+            "The shipped policies were trained by imitation alone: nothing ever made their language models say words, "
+            "as pretraining does. That value vectors do not steer them says nothing against the claim on pretrained "
+            "models."
         )
+    if lost:
+        each = ", ".join(
+            f"{row['word']}, {row['arm_kind']} × {row['dose']:g} ({row['prompt']}: {row['success']:.0%})"
+            for row in lost
+        )
+        notes.append(f"Success is below {settings.least_success:.0%} under {each}: that is damage, not steering.")
     return notes

@@ -21,7 +21,8 @@ with needs_analysis_extra():
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NEURONS, RANDOM, PROMPT = "neurons", "random", "prompt"
+# neurons by their value vectors, by their activations under two prompts, and by chance; the word itself
+NEURONS, CONTRAST, RANDOM, PROMPT = "value vectors", "contrast", "random", "prompt"
 SAID, UNSAID = "opposite said", "nothing said"
 HEIGHT, SPEED = "height", "speed"
 UNITS = {HEIGHT: "m", SPEED: "m a step"}
@@ -133,7 +134,8 @@ def dose_figures(table: pd.DataFrame) -> dict[str, tuple[Figure, str]]:
 
 
 def _draw(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    for i, (kind, label) in enumerate(((NEURONS, "the word's neurons"), (RANDOM, "random neurons"))):
+    series = ((NEURONS, "neurons that speak for it"), (RANDOM, "random neurons"), (CONTRAST, "neurons active with it"))
+    for i, (kind, label) in enumerate(series):
         mine = sorted((row for row in rows if row["arm_kind"] == kind), key=lambda row: row["dose"])
         doses = [row["dose"] for row in mine]
         axes.plot(doses, [row["shift"] for row in mine], color=COLOURS[i], marker=MARKERS[i], markersize=4, label=label)
@@ -144,6 +146,7 @@ def _draw(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
             if row["arm_kind"] == kind:
                 axes.axhline(row["shift"], color="#555555", linestyle=style, linewidth=1.2, label=label)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda dose, _: f"{dose:g}")
     axes.tick_params(labelsize=7)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -28,7 +28,7 @@ def effect_of(arm: str) -> str:
     return PROMPT_KINDS[arm].effect if arm in PROMPT_KINDS else ""
 
 
-def placed_goals(final_poses: Sequence[tuple[str, Sequence[float]]]) -> list[str]:
+def placed_goals(final_poses: Sequence[tuple[str, Any]]) -> list[str]:
     """The goals that hold in a table's final poses, as "block-pad": blocks that lie on a pad, by the task's measure."""
     poses = dict(final_poses)
     blocks, pads = (

@@ -1,8 +1,8 @@
 """Subspace injection: how few dimensions of a site decide which goal a policy pursues, and what else they decide.
 
-Frames of unedited rollouts are told another goal; a sweep says where, and in which tokens, a whole patch from one run to
-the other carries the goal; there, subspaces are fitted in several ways and compared on frames of other episodes, and in
-closed loop, where every plan takes the donor's part in the subspace.
+Frames of unedited rollouts are told another goal; a sweep says where, and in which tokens, a whole patch carries it;
+there, subspaces are fitted in several ways and compared on frames of other episodes, and in closed loop, where every
+plan takes the donor's part in the subspace.
 """
 
 from collections.abc import Mapping
@@ -133,7 +133,7 @@ def run(context: Context, settings: Settings) -> Outcome:
         figures={
             "goals": (what_was_done(table), f"What episodes did while tokens took the donor's part, at {fits.name}."),
             "curve": (effects(fits.curve.loc[fits.curve["method"] != ALL], fits.full, fits.name),
-                      "Held-out frames: how far swaps of k dimensions lead from the told goal's actions to the other's"),
+                      "Held-out frames: how far swaps of k dimensions lead from one goal's actions to the other's"),
             "sites": (site_map(sites), "Where the goal is: whole patches from the run that was told the other goal"),
         },
         labels=_labels(fits),
@@ -293,7 +293,8 @@ def _verdicts(
         rules[1],
         judged["lifted"] >= grasp,
         f"with {judged['k']} dimensions of DAS some block is lifted in {judged['lifted']:.0%} of {judged['n']} "
-        f"episodes ({judged['lifted_low']:.0%} to {judged['lifted_high']:.0%}); baseline {rows[BASELINE.name]['lifted']:.0%}",
+        f"episodes ({judged['lifted_low']:.0%} to {judged['lifted_high']:.0%}); in the baseline in "
+        f"{rows[BASELINE.name]['lifted']:.0%}",
     )
     return [few, kept, _random_verdict(rules[2], chance, table, goals, f"{DAS} k={fits.k}")]
 

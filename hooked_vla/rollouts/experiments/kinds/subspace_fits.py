@@ -161,17 +161,20 @@ def fit_subspaces(
     """Every method's subspace of at most max(sizes) dimensions, fitted on the same pairs; and DAS's losses.
 
     Classes are tasks; PCA, LDA and class means are taken around the mean of each place among the tokens, which a word
-    at another place would else outweigh.
+    at another place would else outweigh. DAS begins at the principal components of the pairs' differences.
     """
     own, other, keys = swaps.examples()
     x = torch.cat([own, other])
     places = [place for _, place in keys] * 2
     labels = [told.tasks[pair][which] for which in (0, 1) for pair, _ in keys]
     most = min(max(sizes), swaps.d)
-    learned = learn_subspace(swaps, [k for k in sizes if k <= swaps.d], search.steps, search.batch, search.lr, seed)
+    paired = _at_most(lambda k: paired_pca(own, other, k, swaps.site), most)
+    learned = learn_subspace(
+        swaps, [k for k in sizes if k <= paired.k], search.steps, search.batch, search.lr, seed, start=paired
+    )
     found = {
         DAS: learned.subspace,
-        PAIRED: _at_most(lambda k: paired_pca(own, other, k, swaps.site), most),
+        PAIRED: paired,
         MEAN: _at_most(lambda k: mean_difference(x, labels, k, swaps.site, places), most),
         LDA: _at_most(lambda k: lda(x, labels, k, swaps.site, places), most),
         PCA: _at_most(lambda k: pca(x, k, swaps.site, places), most),

@@ -1,0 +1,115 @@
+"""Taking what goal probes read out of a policy while it acts: does it still pursue the goal, and which one?"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hooked_vla.analysis.probes import fit_probe
+from hooked_vla.analysis.subspaces import Subspace, from_probes, random_subspace
+from hooked_vla.extras import needs_analysis_extra
+from hooked_vla.interventions import Edit, EditArm
+from hooked_vla.rollouts.acting import prepare
+from hooked_vla.rollouts.activation_reader import ActivationRecording
+from hooked_vla.rollouts.experiments.kinds.probes_scores import GOAL, IMAGES, segments_at
+from hooked_vla.rollouts.labelled import KeptFrame, labelled_segments
+from hooked_vla.rollouts.noise import SeededNoise
+from hooked_vla.rollouts.settings import Settings, constant_text
+from hooked_vla.vla import HookedVLA
+
+with needs_analysis_extra():
+    import pandas as pd
+
+_SEGMENTS = (IMAGES, "language")
+
+
+@dataclass(frozen=True, eq=False)
+class Removal:
+    """What goal probes read at one site in one segment. random: as many random dimensions around the same center;
+    stretch: the strength at which taking those out moves tokens as far."""
+
+    site: str
+    segment: str
+    goal: Subspace
+    random: Subspace
+    another: Subspace
+    stretch: float
+
+    def edit(self, which: str) -> Edit:
+        """Taking out "goal", "random" or "another" random subspace; or "as far", the first random one, stretched."""
+        space = {"goal": self.goal, "another": self.another}.get(which, self.random)
+        return space.project_out(self.stretch if which == "as far" else 1.0, tokens=self.segment)
+
+
+def fit_removals(
+    model: HookedVLA, recording: ActivationRecording, labels: pd.DataFrame, seed: int
+) -> dict[tuple[str, str], Removal]:
+    """Probes of block and pad at every recorded site before the expert that reaches the action, on all plans."""
+    found = {}
+    for site, about in model.hook_points.items():
+        if site not in recording.sites or about.denoised or not about.reaches_action or about.axes[0] != "batch":
+            continue
+        segments: list[str | None] = [each for each in segments_at(recording, site) if each in _SEGMENTS]
+        for segment, (x, rows) in labelled_segments(recording, labels, site, segments).items():
+            probes = [fit_probe(x, rows[goal].to_numpy(object), "logistic") for goal in GOAL]
+            goal = from_probes(probes, site)
+            random, another = (
+                random_subspace(goal.d, goal.k, seed + i, site, goal.center) for i in range(2)
+            )  # fmt: skip
+            # how far each takes the activations that it was fitted on
+            moved = [float(each.coordinates(x).square().sum(1).mean().sqrt()) for each in (goal, random)]
+            found[site, str(segment)] = Removal(site, str(segment), goal, random, another, moved[0] / moved[1])
+    return found
+
+
+def removal_effects(
+    model: HookedVLA, settings: Settings, frames: Sequence[KeptFrame], removals: Mapping[tuple[str, str], Removal]
+) -> pd.DataFrame:
+    """How much each removal changes the chunk that is planned on frames: ‖edited - clean‖ ÷ ‖clean‖, mean over frames,
+    for the goal's directions (goal), random ones (random), and those stretched (as_far)."""
+    with constant_text(model.processor, settings.constant_text), torch.no_grad():
+        inputs = prepare(model, settings, [each.frame for each in frames])
+        noise = SeededNoise.of(model, inputs.rows([0]))
+        drawn = [noise([each.seed], each.env_step) for each in frames]
+        draws = [torch.cat(each) for each in zip(*drawn, strict=True)]
+        clean = model(inputs, draws).normalized.flatten(1)
+        rows = []
+        for removal in removals.values():
+            row: dict[str, Any] = {"site": removal.site, "segment": removal.segment, "k": removal.goal.k}
+            for column, which in (("goal", "goal"), ("random", "random"), ("as_far", "as far")):
+                edited = model(inputs, draws, edits=[removal.edit(which)]).normalized.flatten(1)
+                row[column] = float(((edited - clean).norm(dim=1) / clean.norm(dim=1)).mean())
+            rows.append(row | {"stretch": removal.stretch})
+    return pd.DataFrame(rows)
+
+
+def choose_removal(effects: pd.DataFrame) -> tuple[str, str]:
+    """Site and segment where taking the goal's directions out changes plans most, over what random ones change."""
+    rows = effects.to_dict("records")
+    best = max(rows, key=lambda row: row["goal"] - max(row["random"], row["as_far"]))
+    return str(best["site"]), str(best["segment"])
+
+
+GOAL_OUT, RANDOM_OUT, ANOTHER_OUT, AS_FAR_OUT = (
+    "goal probes out",
+    "random out",
+    "other random out",
+    "random out, as far",
+)
+GOAL_ALL, RANDOM_ALL, ANOTHER_ALL = (
+    "goal probes out, all layers",
+    "random out, all layers",
+    "other random out, all layers",
+)
+
+
+def removal_arms(removals: Mapping[tuple[str, str], Removal], chosen: tuple[str, str]) -> list[EditArm]:
+    """Removals at the chosen site, and in its segment at all sites at once."""
+    one = removals[chosen]
+    every = [each for (_, segment), each in removals.items() if segment == one.segment]
+    single = ((GOAL_OUT, "goal"), (RANDOM_OUT, "random"), (ANOTHER_OUT, "another"), (AS_FAR_OUT, "as far"))
+    whole = ((GOAL_ALL, "goal"), (RANDOM_ALL, "random"), (ANOTHER_ALL, "another"))
+    return [EditArm(name, [one.edit(which)]) for name, which in single] + [
+        EditArm(name, [each.edit(which) for each in every]) for name, which in whole
+    ]
