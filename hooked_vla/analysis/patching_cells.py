@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -117,6 +118,7 @@ class Runs:
     donor_cache: ActivationCache = field(init=False)
     donor_came_to: Tensor = field(init=False)
     _sources: dict[tuple[str, str | None, int], Values] = field(default_factory=dict, init=False, repr=False)
+    _donor_rows: dict[int, ActivationCache] = field(default_factory=dict, init=False, repr=False)
     _replays: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -233,7 +235,9 @@ class Runs:
                 )
         key = (cell.site, None if whole else cell.segment, pair)
         if key not in self._sources:
-            value: Any = self.donor_cache.rows(pair)[cell.site]
+            if pair not in self._donor_rows:
+                self._donor_rows[pair] = self.donor_cache.rows(pair)
+            value: Any = self._donor_rows[pair][cell.site]
             self._sources[key] = Values(value if whole else value.segment(cell.segment), "source")
         return self._sources[key]
 
@@ -254,7 +258,9 @@ class Runs:
     def _replay(self, site: str) -> str:
         """Why replacing all of a site is replay; empty where it is not."""
         if site not in self._replays:
-            self._replays[site] = cut_set(self.model, {site}) or ""
+            # the model would work out all of its points anew for every site
+            known: Any = SimpleNamespace(points=self.model.points, hook_points=self._sites)
+            self._replays[site] = cut_set(known, {site}) or ""
         return self._replays[site]
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hooked_vla.hooks import names as hook_names
 from hooked_vla.hooks.model import HookedModel
 from hooked_vla.hooks.point import HookPoint
 from hooked_vla.inputs import Actions, ModelInputs
@@ -212,7 +213,7 @@ class _Recorder:
     def _last_visits(self) -> int:
         """How often sites must have been passed until nothing more needs to be recorded."""
         steps = self.model.n_denoise_steps if self.n_steps is None else self.n_steps
-        return sum(steps if site.denoised else 1 for name, site in self.model.hook_points.items() if name in self.sites)
+        return sum(steps if hook_names.is_denoised(name) else 1 for name in self.sites)
 
     def run(self, inputs: ModelInputs, noise: Sequence[Tensor]) -> None:
         points = list(self.model.points.values())

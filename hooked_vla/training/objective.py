@@ -83,7 +83,8 @@ class Objective(nn.Module):
     ) -> Float[Tensor, "batch 1 d_model"]:
         """The mean token of the prompt: each word may say its part, without waiting for the last one to gather them."""
         said = segments.mask(LANGUAGE)[..., None]
-        return (stream * said).sum(1, keepdim=True) / said.sum(1, keepdim=True)
+        # in training, the actions follow the prompt
+        return (stream[:, : said.shape[1]] * said).sum(1, keepdim=True) / said.sum(1, keepdim=True)
 
     def _said(self, tokens: Float[Tensor, "batch token d_model"]) -> Seen:
         """What the tokens say of every place."""

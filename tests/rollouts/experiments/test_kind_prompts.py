@@ -21,7 +21,7 @@ def small(**settings) -> Definition:
 
 
 def test_prompts_that_reach_the_model_are_run_and_those_that_do_not_are_named(tmp_path: Path) -> None:
-    what = small(kinds=["upper_case", "wrong_target", "nonsense"], max_steps=64)
+    what = small(kinds=["upper_case", "wrong_target", "nonsense", "foreign"], max_steps=64)
     outcome = run_experiment(what, tmp_path, "smolvla-tabletop", options=Options(n_envs=3))
     main = outcome.main.set_index(["suite", "arm"])
     assert set(main.index) == {
@@ -30,13 +30,17 @@ def test_prompts_that_reach_the_model_are_run_and_those_that_do_not_are_named(tm
     }
     assert main["success"].xs("baseline", level="arm").tolist() == [1, 1]
     reach = outcome.tables["reach"].set_index(["suite", "kind"])
-    assert reach["status"].tolist() == ["unchanged: not run"] * 2 + ["changed", "unchanged: not run"] + ["changed"] * 2
-    # one scene names one pad; capitals are lower case to the tokenizer; invented words are all unknown
+    same = ("as another kind: not run", "nonsense")
+    assert list(zip(reach["status"], reach["same_as"], strict=True)) == [
+        ("unchanged: not run", ""), ("unchanged: not run", ""), ("changed", ""), same,
+        ("unchanged: not run", ""), ("changed", ""), ("changed", ""), same,
+    ]  # fmt: skip
+    # one scene names one pad; capitals are lower case to the tokenizer; invented and German words are all unknown
     assert outcome.labels[0].startswith(
         "no token changed: upper_case (object), wrong_target (object), upper_case (goal)."
     )
     assert reach.loc[("goal", "nonsense"), "known"] == 0
-    assert any("nonsense 100% of the tokens" in note for note in outcome.notes)
+    assert any("nonsense 100%, foreign 100% of the words" in note for note in outcome.notes)
     did = {row["arm"]: row for row in records(outcome.tables["goals"])}
     assert did["baseline"]["done"] == did["baseline"]["task"] == "red-orange"
     named = did["wrong_target"]

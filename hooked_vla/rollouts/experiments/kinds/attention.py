@@ -21,6 +21,7 @@ from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.kinds.attention_figures import draw_maps, draw_scores, film
 from hooked_vla.rollouts.experiments.kinds.attention_maps import (
     TARGET_WORD,
+    Chosen,
     Maps,
     make_maps,
     moments,
@@ -60,21 +61,6 @@ class Settings:
     n_random: int = 3
     n_joint: int = 4
     films: int = 1
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The map that is judged for one pathway: who asks, at which site, which head (-1: their mean)."""
-
-    pathway: str
-    what: str
-    reader: str
-    site: str
-    head: int
-
-    @property
-    def label(self) -> str:
-        return f"{self.pathway} L{layer(self.site)}" + (f"H{self.head}" if self.head >= 0 else "")
 
 
 Row = Mapping[str, Any]

@@ -1,7 +1,7 @@
 """Overlays of attention on camera images, scores by layer and head, and films of attention over episodes."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from hooked_vla.rollouts.arms import BASELINE
 from hooked_vla.rollouts.cells import Cell
 from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.figures import heat_map, new_figure
-from hooked_vla.rollouts.experiments.kinds.attention_maps import APPROACH, CARRY, Maps
+from hooked_vla.rollouts.experiments.kinds.attention_maps import APPROACH, CARRY, Chosen, Maps
 from hooked_vla.rollouts.records import Part
 from hooked_vla.rollouts.runner import Watcher
 from hooked_vla.rollouts.settings import settle
@@ -36,22 +36,7 @@ _FILM_REACH = 3.0
 _FILM_SCALE = 3
 
 
-class Choice(Protocol):
-    """A map: who asks, at which site, which head (-1: their mean)."""
-
-    @property
-    def reader(self) -> str: ...
-    @property
-    def site(self) -> str: ...
-    @property
-    def head(self) -> int: ...
-    @property
-    def what(self) -> str: ...
-    @property
-    def label(self) -> str: ...
-
-
-def draw_maps(maps: Maps, chosen: Sequence[Choice], camera: str) -> tuple[Figure, str]:
+def draw_maps(maps: Maps, chosen: Sequence[Chosen], camera: str) -> tuple[Figure, str]:
     """Chosen maps over the camera's image, at both moments of the first scene that has them; the target is outlined."""
     view = maps.views[camera]
     seeds = {each.seed for each in maps.moments if each.phase == CARRY}
@@ -105,7 +90,7 @@ def draw_scores(heads: pd.DataFrame) -> dict[str, tuple[Figure, str]]:
     return figures
 
 
-def film(context: Context, suite: str, n: int, chosen: Sequence[Choice]) -> list[str]:
+def film(context: Context, suite: str, n: int, chosen: Sequence[Chosen]) -> list[str]:
     """Films of `n` baseline episodes: the first camera's image, and beside it each chosen head's latest map.
 
     Maps are of the last denoise step, and of all words. Returns the films' paths in the run's folder. Episodes that are
@@ -123,7 +108,7 @@ class AttentionFilm(Watcher):
 
     draws_every_step = True
 
-    def __init__(self, context: Context, suite: str, chosen: Sequence[Choice]) -> None:
+    def __init__(self, context: Context, suite: str, chosen: Sequence[Chosen]) -> None:
         where = get_suite(suite)
         settings = settle(context.options, context.model_name, context.model, where)
         self.model, self.chosen, self.fps = context.model, tuple(chosen), where.fps

@@ -163,6 +163,21 @@ class Maps:
     weights: Mapping[tuple[str, str, str], Float[Tensor, "moment step head row column"]]
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """A map of one pathway: what it stands for, who asks, at which site, which head (-1: their mean)."""
+
+    pathway: str
+    what: str
+    reader: str
+    site: str
+    head: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.pathway} L{layer(self.site)}" + (f"H{self.head}" if self.head >= 0 else "")
+
+
 @torch.no_grad()
 def make_maps(context: Context, chosen: Sequence[Moment]) -> Maps:
     """The maps of every reader, site, head and camera; the policy's noise is that of the scene's episode."""

@@ -25,8 +25,10 @@ from hooked_vla.rollouts.suites import get_suite
 with needs_analysis_extra():
     import pandas as pd
 
-# what becomes of an arm: all its episodes change, some do, none does, or the model cannot take it
-CHANGED, PARTLY, UNCHANGED, REFUSED = "changed", "partly changed", "unchanged: not run", "refused: not run"
+# what becomes of an arm: all its episodes change, some do, none does, all are as under another arm, or the model cannot
+# take them
+CHANGED, PARTLY, UNCHANGED = "changed", "partly changed", "unchanged: not run"
+SAME, REFUSED = "as another kind: not run", "refused: not run"
 RUN = (CHANGED, PARTLY)
 
 

@@ -26,8 +26,9 @@ def endpoint_figure(table: pd.DataFrame, title: str, columns: int = 4) -> Figure
     for i, (axes, arm) in enumerate(zip(panels, arms, strict=False)):
         mine = [row for row in rows if row["arm"] == arm]
         axes.plot([0, far], [0, far], color="#BBBBBB", linewidth=1)
-        axes.plot([row["to_destination"] for row in mine], [row["to_source"] for row in mine], linestyle="none",
-                  marker=MARKERS[i % len(MARKERS)], color=COLOURS[i % len(COLOURS)], markersize=4, alpha=0.7)  # fmt: skip
+        own, source = ([row[name] for row in mine] for name in ("to_destination", "to_source"))
+        look = {"marker": MARKERS[i % len(MARKERS)], "color": COLOURS[i % len(COLOURS)]}
+        axes.plot(own, source, linestyle="none", markersize=4, alpha=0.7, **look)
         axes.set_title(arm, fontsize=8)
         axes.set_xlim(-0.01, far)
         axes.set_ylim(-0.01, far)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hooked_vla.analysis.metrics import SOURCE
 from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.interventions.injection import HOLD, Injection
 from hooked_vla.interventions.injection_reach import REPLAY
@@ -102,7 +103,7 @@ class Setup:
 
 
 def run(context: Context, settings: Settings) -> Outcome:
-    """Raises ValueError for suites of one task or without an end effector, and where the model has none of the sites."""
+    """Raises ValueError for suites of one task or without an end effector, and a model that has none of the sites."""
     sites, lacking = sites_in(context.model, settings.injected)
     if not sites:
         raise ValueError(f"{context.model_name} has none of {list(settings.injected)}: {'; '.join(lacking)}")
@@ -254,8 +255,8 @@ def _ends_at_source(context: Context, settings: Settings, each: pd.DataFrame) ->
         share >= limit,
         f"{settings.judged}: {share:.0%} end nearer to the source's end ({_share(mine, 'to_source'):.3f} m from it, "
         f"{_share(mine, 'to_destination'):.3f} m from the own); lenient override {_share(mine, 'follows_source'):.0%}, "
-        f"strict {float(np.mean([row['three_way'] == 'source' for row in records(mine)])):.0%}; without injection, told "
-        f"the source's prompt: {_share(told, 'ends_at_source'):.0%}",
+        f"strict {float(np.mean([row['three_way'] == SOURCE for row in records(mine)])):.0%}; without injection, "
+        f"told the source's prompt: {_share(told, 'ends_at_source'):.0%}",
     )
 
 
@@ -285,7 +286,7 @@ def _labels(reach: pd.DataFrame) -> list[str]:
     for row in records(reach):
         found.setdefault(row["label"], []).append(row["injected"])
     return [f"{label}: {', '.join(texts)}" for label, texts in found.items() if label != "open"] + (
-        [f"{REPLAY} means that what ends at the source's place is the source's actions, not what the model makes of them"]
+        [f"{REPLAY}: what ends at the source's place is the source's actions, not what the model makes of its values"]
         if REPLAY in found else []
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ from hooked_vla.rollouts.experiments.kinds.battery_runs import (
     PARTLY,
     REFUSED,
     RUN,
+    SAME,
     UNCHANGED,
     arms_of,
     cell_of,
@@ -103,39 +104,42 @@ def run(context: Context, settings: Settings) -> Outcome:
 def check_prompts(context: Context, settings: Settings, suite: str) -> pd.DataFrame:
     """What of every kind reaches the model in the run's own episodes: one row a kind.
 
-    changed: share of the episodes in which a token differs behind the preprocessing. known: share of the tokens
-    which the tokenizer knows. same_as: kinds that are the same tokens in the first episode.
+    changed: share of the episodes in which a token differs behind the preprocessing. known: share of the prompts' words
+    that the tokenizer knows. same_as: an earlier kind whose prompts are the same tokens in every episode.
     """
     starts = context.observations(suite, settings.episodes)
     prepared = settings_in(context, suite, limited(context, settings.max_steps))
     if not reads_text(context.model, prepared, starts[0].frame):
         raise ValueError(f"{context.model_name} reads no text: a prompt battery has nothing to change")
-    rows, ids = [], {}
+    rows: list[dict[str, Any]] = []
+    ids: dict[str, list[tuple[int, ...]]] = {}
     for kind in settings.kinds or PROMPT_KINDS:
-        row, ids[kind] = _check(context, PromptArm.of(kind, get_suite(suite)), starts, prepared)
-        rows.append({"suite": suite, "kind": kind, "effect": effect_of(kind), **row})
-    for row in rows:
-        mine = ids[row["kind"]]
-        row["same_as"] = ", ".join(kind for kind in ids if kind != row["kind"] and mine and ids[kind] == mine)
+        row, texts = _check(context, PromptArm.of(kind, get_suite(suite)), starts, prepared)
+        same = next((other for other, each in ids.items() if each == texts), "") if row["status"] in RUN else ""
+        if same:
+            row["status"] = SAME
+        elif row["status"] in RUN:
+            ids[kind] = texts
+        rows.append({"suite": suite, "kind": kind, "effect": effect_of(kind), **row, "same_as": same})
     return pd.DataFrame(rows)
 
 
 def _check(
     context: Context, arm: PromptArm, starts: list[Seen], prepared: RolloutSettings
-) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """A kind's row of `check_prompts`, and the ids of the first episode's text (none where it is refused)."""
+) -> tuple[dict[str, Any], list[tuple[int, ...]]]:
+    """A kind's row of `check_prompts`, and the ids of every episode's text (none where one is refused)."""
     cells = [cell_of(arm, seen) for seen in starts]
     told = [arm.observe(cell, 0, seen.frame) for cell, seen in zip(cells, starts, strict=True)]
     try:
         found = [reaches(context.model, prepared, seen.frame, after) for seen, after in zip(starts, told, strict=True)]
     except ValueError as error:
         return {"status": REFUSED, "changed": float("nan"), "known": float("nan"),
-                "example": told[0]["instruction"], "refused": str(error)}, ()  # fmt: skip
+                "example": told[0]["instruction"], "refused": str(error)}, []  # fmt: skip
     share = sum(reach.changed for reach in found) / len(found)
     known, tokens = map(sum, zip(*(known_tokens(context.model, each["instruction"]) for each in told), strict=True))
     status = CHANGED if share == 1 else PARTLY if share else UNCHANGED
     return {"status": status, "changed": share, "known": known / tokens if tokens else float("nan"),
-            "example": told[0]["instruction"], "refused": ""}, found[0].text  # fmt: skip
+            "example": told[0]["instruction"], "refused": ""}, [each.text for each in found]  # fmt: skip
 
 
 def _unique_drop(context: Context, table: pd.DataFrame, reach: pd.DataFrame, suite: str) -> Verdict:
@@ -213,17 +217,15 @@ def _notes(reach: list[dict[str, Any]]) -> list[str]:
                 f"{where} changes tokens in {row['changed']:.0%} of the episodes: the others are the baseline's, and "
                 "dilute its row."
             )
+        if row["status"] == SAME:
+            notes.append(f"{where} is the same tokens as {row['same_as']} in every episode, whose row is its own too.")
         if row["status"] == REFUSED:
             notes.append(f"{where} was not run: {row['refused']}")
     unknown = {row["kind"]: 1 - row["known"] for row in reach if row["known"] < 1}
     if unknown:
         each = ", ".join(f"{kind} {share:.0%}" for kind, share in unknown.items())
         notes.append(
-            f"Words that the tokenizer does not know become one and the same unknown token: {each} of the tokens. To "
+            f"Words that the tokenizer does not know become one and the same unknown token: {each} of the words. To "
             "the model these are masked texts, whatever they mean to a reader."
         )
-    alike = {row["kind"]: row["same_as"] for row in reach if row["same_as"]}
-    if alike:
-        each = "; ".join(f"{kind} and {same}" for kind, same in alike.items())
-        notes.append(f"The same tokens in the first episode: {each}.")
     return notes

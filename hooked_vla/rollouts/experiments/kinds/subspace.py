@@ -30,6 +30,7 @@ from hooked_vla.rollouts.experiments.kinds.subspace_figures import effects, site
 from hooked_vla.rollouts.experiments.kinds.subspace_fits import (
     ALL,
     DAS,
+    PAIRED,
     RANDOM,
     Search,
     Told,
@@ -66,7 +67,7 @@ _DECIDES = 0.5
 class Settings:
     """episodes: of each arm in closed loop. fit_episodes: unedited ones whose frames serve to fit. pairs, held_out:
     frames told another goal to fit on, and of other episodes to evaluate on. sizes: dimensions of the curve;
-    closed_sizes: those of DAS that also run in closed loop. steps, batch, rate: of the search by DAS. sites: where a
+    closed_sizes: those that DAS and pairs' components also run in closed loop with. steps, batch, rate: of the search by DAS. sites: where a
     goal may be carried; tokens: segments, "all" for the whole stream; enough: of the way to the other goal's actions
     that a whole patch must lead for a site to be chosen. max_steps: after which an episode has failed."""
 
@@ -92,8 +93,8 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Fits:
-    """What was fitted, and where. curve: `effect_curve`. k: the fewest dimensions of DAS with `_SHARE` of the whole
-    patch's effect on held-out frames; stretch: what makes random swaps of as many dimensions move tokens as far."""
+    """What was fitted, and where. curve: `effect_curve`. k: the fewest dimensions of any method with `_SHARE` of the
+    whole patch's effect on held-out frames; stretch: what makes random swaps of as many move tokens as far as DAS."""
 
     site: str
     tokens: str
@@ -125,11 +126,10 @@ def run(context: Context, settings: Settings) -> Outcome:
     )
     fits = _fit(context, settings, sites, train, test)
     table, goals = _closed_loop(context, settings, fits)
-    few = pd.DataFrame(_fewest(fits))
     return Outcome(
         main=table,
         verdicts=_verdicts(context, settings, fits, table, goals),
-        tables={"fewest": few, "goals": goals},
+        tables={"fewest": pd.DataFrame(_fewest_rows(fits))},
         figures={
             "goals": (what_was_done(table), f"What episodes did while tokens took the donor's part, at {fits.name}."),
             "curve": (effects(fits.curve.loc[fits.curve["method"] != ALL], fits.full, fits.name),
@@ -189,9 +189,8 @@ def _fit(context: Context, settings: Settings, sites: pd.DataFrame, train: Told,
         save_subspaces(path, found)
     subspaces = load_subspaces(path)
     curve = context.table("curve", lambda: effect_curve(held_out, test, subspaces, settings.sizes))
-    effect = {row["k"]: row["effect"] for row in records(curve) if row["method"] == DAS}
-    full = next(row["effect"] for row in records(curve) if row["method"] == ALL)
-    k = (smallest_k(effect, full, _SHARE) if full > 0 else None) or max(effect)
+    enough = [k for method in subspaces if (k := _fewest(curve, method)) is not None]
+    k = min(enough, default=subspaces[DAS].k)
     stretch = matching_strength(swaps, subspaces[RANDOM].first(k), subspaces[DAS].first(k))
     return Fits(site, tokens, subspaces, curve, k, stretch)
 
@@ -210,12 +209,10 @@ def _arms(context: Context, settings: Settings, fits: Fits) -> tuple[list[Arm], 
         about[name] = (method, d if space is None else space.k)
 
     add(WHOLE, ALL, None)
-    for k in sorted({*settings.closed_sizes, fits.k}):
-        add(f"{DAS} k={k}", DAS, fits.subspaces[DAS].first(k))
     for method, space in fits.subspaces.items():
-        if method != DAS:
-            part = space.first(min(fits.k, space.k))
-            add(f"{method} k={part.k}", method, part)
+        sizes = {fits.k, *(settings.closed_sizes if method in (DAS, PAIRED) else ())}
+        for k in sorted({min(size, space.k) for size in sizes}):
+            add(f"{method} k={k}", method, space.first(k))
     again = random_subspace(d, fits.k, context.seed + 1, fits.site)
     add(f"another {RANDOM} k={fits.k}", RANDOM, again)
     add(f"{RANDOM} k={fits.k}, as far as {DAS}", RANDOM, fits.subspaces[RANDOM].first(fits.k), fits.stretch)
@@ -232,7 +229,7 @@ def _closed_loop(context: Context, settings: Settings, fits: Fits) -> tuple[pd.D
         join(read_runs(done), read_runs(again, {BASELINE.name: RERUN})), layout_of(settings.suite),
         action_normalizer(context.model), seed=context.seed,
     )  # fmt: skip
-    goals = goal_table(done, far_donors(settings.suite))
+    goals = context.table("goals", lambda: goal_table(done, far_donors(settings.suite)))
     rows: list[dict[str, Any]] = []
     for row in records(compared):
         mine = goals.loc[goals["arm"] == row["arm"]]
@@ -249,21 +246,23 @@ def _closed_loop(context: Context, settings: Settings, fits: Fits) -> tuple[pd.D
     return pd.DataFrame(rows), goals
 
 
-def _fewest(fits: Fits) -> list[dict[str, Any]]:
-    """For each method, the fewest dimensions with `_SHARE` of the whole patch's effect on held-out frames."""
+def _fewest(curve: pd.DataFrame, method: str) -> int | None:
+    """The fewest dimensions of a method with `_SHARE` of the whole patch's effect on held-out frames; None where no
+    number has, and where the whole patch has no effect."""
+    full = next(row["effect"] for row in records(curve) if row["method"] == ALL)
+    effect = {row["k"]: row["effect"] for row in records(curve) if row["method"] == method}
+    return smallest_k(effect, full, _SHARE) if full > 0 else None
+
+
+def _fewest_rows(fits: Fits) -> list[dict[str, Any]]:
+    """For each method, the fewest dimensions that suffice, and how it lies to DAS."""
     rows = []
-    for method in fits.subspaces:
-        effect = {row["k"]: row["effect"] for row in records(fits.curve) if row["method"] == method}
-        k = smallest_k(effect, fits.full, _SHARE) if fits.full > 0 else None
-        best = max(effect.values())
-        rows.append({"method": method, "fewest": k, "of": fits.subspaces[DAS].d, "largest_effect": best,
-                     "whole_patch": fits.full, "overlap_with_das": _overlap(fits, method)})  # fmt: skip
+    for method, space in fits.subspaces.items():
+        effects = [row["effect"] for row in records(fits.curve) if row["method"] == method]
+        overlap = fits.subspaces[DAS].first(fits.k).overlap(space.first(min(fits.k, space.k)))
+        rows.append({"method": method, "fewest": _fewest(fits.curve, method), "of": space.d, "dimensions": space.k,
+                     "largest_effect": max(effects), "whole_patch": fits.full, "overlap_with_das": overlap})  # fmt: skip
     return rows
-
-
-def _overlap(fits: Fits, method: str) -> float:
-    space = fits.subspaces[method]
-    return fits.subspaces[DAS].first(fits.k).overlap(space.first(min(fits.k, space.k)))
 
 
 def _verdicts(
@@ -278,25 +277,25 @@ def _verdicts(
         why = f"a patch of all dimensions at {fits.site} switches the goal in {whole:.0%}: it is decided elsewhere"
     if why is not None:
         return [Verdict(rule, None, why) for rule in rules]
-    learned = {row["k"]: row for row in rows.values() if row["method"] == DAS}
-    k = smallest_k({size: row["switched"] for size, row in learned.items()}, whole, _SHARE)
     most, grasp, chance = (threshold(context, rule) for rule in rules)
-    every = ", ".join(f"{size}: {learned[size]['switched']:.0%}" for size in sorted(learned))
+    found = [row for row in rows.values() if row["method"] not in ("", ALL, RANDOM)]
+    enough = [row for row in found if row["switched"] >= _SHARE * whole]
+    judged = min(enough, key=lambda row: row["k"]) if enough else max(found, key=lambda row: row["switched"])
+    every = ", ".join(f"{row['arm']} {row['switched']:.0%}" for row in found)
     few = Verdict(
         rules[0],
-        k is not None and k <= most,
-        f"DAS by dimensions of {fits.subspaces[DAS].d}: {every}; all: {whole:.0%}; "
-        + (f"{k} suffice" if k is not None else "none of these suffices"),
+        bool(enough) and judged["k"] <= most,
+        f"{every}; all {fits.subspaces[DAS].d} dimensions {whole:.0%}: "
+        + (f"{judged['arm']} suffices" if enough else "none suffices"),
     )
-    judged = learned[k if k is not None else fits.k]
     kept = Verdict(
         rules[1],
         judged["lifted"] >= grasp,
-        f"with {judged['k']} dimensions of DAS some block is lifted in {judged['lifted']:.0%} of {judged['n']} "
-        f"episodes ({judged['lifted_low']:.0%} to {judged['lifted_high']:.0%}); in the baseline in "
+        f"{judged['arm']}: some block is lifted in {judged['lifted']:.0%} of {judged['n']} episodes "
+        f"({judged['lifted_low']:.0%} to {judged['lifted_high']:.0%}), in the baseline in "
         f"{rows[BASELINE.name]['lifted']:.0%}",
     )
-    return [few, kept, _random_verdict(rules[2], chance, table, goals, f"{DAS} k={fits.k}")]
+    return [few, kept, _random_verdict(rules[2], chance, table, goals, judged["arm"])]
 
 
 def _random_verdict(rule: str, chance: float, table: pd.DataFrame, goals: pd.DataFrame, other: str) -> Verdict:
@@ -328,8 +327,9 @@ def _notes(settings: Settings, fits: Fits, sites: pd.DataFrame) -> list[str]:
         "carries only what the layers after it add.",
         "Donor and acting run see the same pictures and state at every plan; only the instruction differs. So nothing "
         "of a scene can be carried over, and a whole patch keeps grasping by construction.",
-        f"The chosen number of dimensions ({fits.k}) is the fewest of DAS with {_SHARE:.0%} of the whole patch's "
-        "effect on frames of episodes that it was not fitted on; other methods run with as many, or all they have.",
+        f"The chosen number of dimensions ({fits.k}) is the fewest with which a method has {_SHARE:.0%} of the whole "
+        "patch's effect on frames of episodes that it was not fitted on; all methods run with as many, or all they "
+        "have. DAS begins at the principal components of the pairs' differences.",
         "Random swaps move tokens less than those of DAS; one arm makes them as long, by a factor of "
         f"{fits.stretch:.1f}.",
         "The donor's goal counts as done when its block lay on its pad and was let go at any step; doing the told "

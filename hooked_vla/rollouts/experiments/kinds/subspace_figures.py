@@ -39,7 +39,7 @@ def effects(table: pd.DataFrame, full: float, site: str) -> Figure:
     """The curve of effects over dimensions by method."""
     return curve(
         table, "k", "effect", "method", "low", "high", title=f"swaps at {site}", xlabel="dimensions",
-        ylabel="way to the other goal's actions", floor=full, floor_label="all dimensions", log_x=True,
+        ylabel="way to the other goal's actions", floor=full, floor_label="all dimensions",
     )  # fmt: skip
 
 

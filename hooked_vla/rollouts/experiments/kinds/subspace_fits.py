@@ -188,10 +188,10 @@ def effect_curve(
 ) -> pd.DataFrame:
     """Effect of swaps on held-out pairs by method and number of dimensions: 0 the base's actions, 1 the other goal's.
 
-    Methods that have fewer dimensions than a size are left out of it. method "all dimensions" has k = d.
+    A method with fewer dimensions than the largest size ends where it has all of them. The method "all" has k = d.
     """
     clusters = [own for own, _ in told.tasks]
-    wanted = [(name, k) for name, space in subspaces.items() for k in sizes if k <= space.k]
+    wanted = [(name, k) for name, space in subspaces.items() for k in sorted({min(size, space.k) for size in sizes})]
     rows: list[dict[str, Any]] = []
     for name, k in [*wanted, (ALL, swaps.d)]:
         effect = swaps.effect(None if name == ALL else subspaces[name].first(k))
