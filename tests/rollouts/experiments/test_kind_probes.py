@@ -43,6 +43,8 @@ def test_questions_hold_out_tasks_and_shuffle_whole_episodes() -> None:
     assert asked[ACTION].y.shape == (24, 3) and asked[ACTION].within == labels(6)["task"].tolist()
     assert asked[SUCCESS].groups == labels(6)["episode"].tolist() and asked[SUCCESS].metric == "auc"
     assert SUCCESS not in {each.label for each in questions(labels(4))}
+    assert "pictures" not in asked["block"].blind
+    assert set(questions(labels(0), np.zeros((24, 2)))[0].blind) == {"time", "proprioception", "pictures"}
 
 
 def test_a_goal_in_the_activations_is_read_on_unseen_tasks_and_time_is_not_enough() -> None:

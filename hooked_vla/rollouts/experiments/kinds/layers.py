@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -72,8 +72,7 @@ def run(context: Context, settings: Settings) -> Outcome:
     blocks = [block for way in ways for block in list_blocks(model, [way])[:: settings.every]]
     alive = [block for block in blocks if reaches_action(model, block)]
     sources = _sources(context, settings, [f"{block}.{OUTPUT}" for block in alive])
-    kinds: list[Ablation] = [kind for kind in get_args(Ablation) if kind in settings.kinds]
-    cells = {f"{kind} {block}": (kind, block) for block in alive for kind in kinds}
+    cells = {f"{kind} {block}": (cast(Ablation, kind), block) for block in alive for kind in settings.kinds}
     arms = [EditArm(name, ablate_block(model, block, kind, sources[kind])) for name, (kind, block) in cells.items()]
     options = limited(context, settings.max_steps)
     runs = run_suite(context, settings.suite, arms, settings.episodes, options)

@@ -7,7 +7,6 @@ by token; donors of other starts; the rerun's floor.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -32,7 +31,7 @@ from hooked_vla.rollouts.experiments.compare import (
 from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.kinds.battery_runs import compare_suites, gate_note, limited, records, threshold
 from hooked_vla.rollouts.experiments.kinds.injection_runs import Recorded, record, rows_of, scene_of, turned_tasks
-from hooked_vla.rollouts.experiments.kinds.pathways_arms import MatchedNoiseArm
+from hooked_vla.rollouts.experiments.kinds.pathways_arms import DONOR, NOISE, RANDOM, MatchedNoiseArm
 from hooked_vla.rollouts.experiments.kinds.pathways_chunks import chunk_sweep
 from hooked_vla.rollouts.experiments.kinds.pathways_figures import by_distance, ratios
 from hooked_vla.rollouts.experiments.outcome import Outcome, Verdict
@@ -42,7 +41,6 @@ with needs_analysis_extra():
     import pandas as pd
 
 EXPERT = "expert"
-DONOR, RANDOM, NOISE = "donor", "random donor", "noise"
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,9 @@ def run(context: Context, settings: Settings) -> Outcome:
     model, options = context.model, limited(context, settings.max_steps)
     sites = [site for way in (settings.pathway, EXPERT) for site in _sites(model, way)]
     source = record(context, "source", settings.suite, sites, settings.episodes, options)
-    turned = record(context, "turned", settings.suite, sites, settings.episodes, options, turned_tasks(settings.suite, 1))
+    turned = record(
+        context, "turned", settings.suite, sites, settings.episodes, options, turned_tasks(settings.suite, 1)
+    )
     chosen = {way: _chosen(model, way, settings.layers) for way in (settings.pathway, EXPERT)}
     arms, cells = _arms(source, turned, [site for each in chosen.values() for site in each])
     main = context.rollouts("main", settings.suite, [BASELINE, *arms], settings.episodes, options=options)
@@ -93,7 +93,9 @@ def run(context: Context, settings: Settings) -> Outcome:
 def _sites(model: HookedModel, pathway: str) -> list[str]:
     """What the pathway's blocks hand on, where any action depends on it."""
     about = model.hook_points
-    found = [name for name in model.points if name.startswith(f"{pathway}.blocks.") and name.endswith(".hook_resid_post")]
+    found = [
+        name for name in model.points if name.startswith(f"{pathway}.blocks.") and name.endswith(".hook_resid_post")
+    ]
     if not found:
         raise ValueError(f"the model has no blocks in the pathway {pathway!r}")
     return [name for name in found if about[name].reaches_action]
@@ -175,9 +177,7 @@ def _with_distance(model: HookedModel, chunks: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _compare(
-    context: Context, runs: Runs, cells: Mapping[str, tuple[str, str]], change: pd.DataFrame
-) -> pd.DataFrame:
+def _compare(context: Context, runs: Runs, cells: Mapping[str, tuple[str, str]], change: pd.DataFrame) -> pd.DataFrame:
     """The standard comparison, with what was changed at each arm's site and displacement per unit of it."""
     sizes = {(row["condition"], row["site"]): row for row in records(change)}
     rows = []

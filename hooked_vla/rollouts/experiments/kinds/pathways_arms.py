@@ -14,6 +14,9 @@ from hooked_vla.interventions.places import Layout
 from hooked_vla.rollouts.cells import Cell
 from hooked_vla.rollouts.injection import InjectionArm
 
+# what is put into an episode: another task's run from the same start; a run of another start; noise as large as the first
+DONOR, RANDOM, NOISE = "donor", "random donor", "noise"
+
 
 def matched_noise(change: Tensor, layout: Layout, seeds: Sequence[int]) -> Tensor:
     """Random directions, each token's as long as the change there; 0 where nothing changes.

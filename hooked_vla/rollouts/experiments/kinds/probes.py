@@ -118,7 +118,7 @@ def run(context: Context, settings: Settings) -> Outcome:
             "scores": (_map(scores, "score", None), "What probes read on tasks that they have not seen: accuracy of "
                        "the goal's block and pad, R² of end effector and next action within tasks."),
             "margins": (_map(scores, "margin", 0.0), "The same, minus the best control: shuffled labels, random "
-                        "weights, the clock, or proprioception."),
+                        "weights, the clock, proprioception, or the image encoder."),
             "removal": (shown, f"Success without what goal probes read, at {' in '.join(chosen)} tokens, or at all "
                         "layers; dashed: the baseline's."),
         },
@@ -173,7 +173,7 @@ def _remove(
 
 _COLUMNS = (
     "label", "pathway", "denoise_step", "site", "segment", "metric", "score", "low", "high", "chance", "shuffled",
-    "random_weights", "time", "proprioception", "selectivity", "margin", "best_control", "n",
+    "random_weights", "time", "proprioception", "pictures", "selectivity", "margin", "best_control", "n",
 )  # fmt: skip
 
 
@@ -282,6 +282,10 @@ def _notes(recorded: Recorded, chosen: tuple[str, str]) -> list[str]:
         "Goals are scored on combinations of block and pad that the probe has not seen; intervals resample tasks. "
         "Instructions are a few fixed words, so that on language tokens any model, random weights too, tells them "
         "apart: what counts is the margin over that control. It is judged where it is largest, of all places probed.",
+        "While it acts, a policy shows its goal: which block it goes to, and carries. The image encoder, which is told "
+        "nothing, is the control for that. Activations are means over tokens: which token stands out is not read.",
+        "Accuracy below chance: where a task is left out, training has fewer examples of its block and its pad, so a "
+        "probe that reads one of the two guesses the other worse than at random.",
         "Random weights see the same frames and the same noise; their expert's inputs at later denoise steps are their "
         "own. Rules are judged at the first denoise step, at which the expert's input holds nothing of the action yet.",
         "R² is within tasks: a probe that only tells tasks apart scores 0. Pictures end at -1.",

@@ -14,7 +14,7 @@ from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.hooks import names as hook_names
 from hooked_vla.rollouts.acting import prepare
 from hooked_vla.rollouts.activation_reader import ActivationRecording
-from hooked_vla.rollouts.labelled import KeptFrame, SegmentMeans, actions, labelled_segments, states
+from hooked_vla.rollouts.labelled import KeptFrame, SegmentMeans, actions, labelled, labelled_segments, states
 from hooked_vla.rollouts.noise import SeededNoise
 from hooked_vla.rollouts.settings import Settings, constant_text
 from hooked_vla.vla import HookedVLA
@@ -54,8 +54,11 @@ class Question:
         )  # fmt: skip
 
 
-def questions(labels: pd.DataFrame) -> list[Question]:
+def questions(labels: pd.DataFrame, pictures: Any = None) -> list[Question]:
     """What is asked of the activations of these plans (`step_labels`).
+
+    pictures: what the image encoder holds, [row d], as a control; None: there is none. It is told nothing, so what it
+    says of a goal is what the scene and the behaviour so far show.
 
     Goals are read on tasks that the probe has not seen: combinations of block and pad of which it knows both from other
     tasks. State and action are read on unseen tasks, and compared with each task's own mean. Success is read on unseen
@@ -64,15 +67,16 @@ def questions(labels: pd.DataFrame) -> list[Question]:
     tasks, episodes = labels["task"].tolist(), labels["episode"].tolist()
     clock = metadata_features({"env_step": labels["env_step"].to_numpy(float)})
     where = states(labels)
+    seen = {} if pictures is None else {"pictures": np.asarray(pictures, np.float64)}
+    shown = {"time": clock, "proprioception": where, **seen}
     found = [
-        Question(goal, "logistic", "accuracy", labels[goal].to_numpy(object), tasks, episodes, None,
-                 {"time": clock, "proprioception": where})
+        Question(goal, "logistic", "accuracy", labels[goal].to_numpy(object), tasks, episodes, None, shown)
         for goal in GOAL
-    ]  # fmt: skip
-    found.append(Question(STATE, "ridge", "r2", where[:, :3], tasks, None, tasks, {"time": clock}))
+    ]
+    found.append(Question(STATE, "ridge", "r2", where[:, :3], tasks, None, tasks, {"time": clock, **seen}))
     moves = actions(labels)
     moving = moves[:, np.ptp(moves, axis=0) > 0]
-    found.append(Question(ACTION, "ridge", "r2", moving, tasks, None, tasks, {"time": clock, "proprioception": where}))
+    found.append(Question(ACTION, "ridge", "r2", moving, tasks, None, tasks, shown))
     outcomes = dict(zip(labels["episode"], labels["success"], strict=True)).values()
     if FEWEST <= sum(map(bool, outcomes)) <= len(outcomes) - FEWEST:
         told = metadata_features({"env_step": labels["env_step"].to_numpy(float), "task": tasks})
@@ -157,7 +161,7 @@ def score_everything(
 
     other: what a model with random weights held in the same plans.
     """
-    asked = questions(labels)
+    asked = questions(labels, _pictures(recording, labels))
     blind: dict[tuple[str, str], float] = {}
     rows = []
     for site, step in places(model, recording, steps):
@@ -179,6 +183,12 @@ def score_everything(
     return pd.DataFrame(rows)
 
 
+def _pictures(recording: ActivationRecording, labels: pd.DataFrame) -> Any:
+    """The image encoder's mean token in every plan; None where it was not recorded."""
+    sites = [site for site in recording.sites if hook_names.pathway(site) == "vision"]
+    return labelled(recording, labels, sites[-1], IMAGES).x if sites else None
+
+
 def _seeing(question: Question) -> Question:
     """The question without what is known blindly: that is the same everywhere, and was scored before."""
     return Question(question.label, question.kind, question.metric, question.y, question.groups, question.units,
@@ -195,7 +205,7 @@ def _row(
         "label": question.label, "metric": probe.metric, "score": probe.score, "low": probe.low, "high": probe.high,
         "chance": probe.chance, "shuffled": found.shuffled, "selectivity": found.selectivity,
         "random_weights": controls["random weights"], "time": controls.get("time", controls.get("time and task")),
-        "proprioception": controls.get("proprioception"),
+        "proprioception": controls.get("proprioception"), "pictures": controls.get("pictures"),
         "margin": probe.score - max(found.shuffled, controls[best]),
         "best_control": best if controls[best] >= found.shuffled else "shuffled labels",
         "n": probe.n, "n_groups": probe.n_groups,

@@ -67,9 +67,10 @@ _DECIDES = 0.5
 class Settings:
     """episodes: of each arm in closed loop. fit_episodes: unedited ones whose frames serve to fit. pairs, held_out:
     frames told another goal to fit on, and of other episodes to evaluate on. sizes: dimensions of the curve;
-    closed_sizes: those that DAS and pairs' components also run in closed loop with. steps, batch, rate: of the search by DAS. sites: where a
-    goal may be carried; tokens: segments, "all" for the whole stream; enough: of the way to the other goal's actions
-    that a whole patch must lead for a site to be chosen. max_steps: after which an episode has failed."""
+    closed_sizes: those that DAS and the pairs' components also run in closed loop with. steps, batch, rate: of the
+    search by DAS. sites: where a goal may be carried; tokens: segments, "all" for the whole stream; enough: of the way
+    to the other goal's actions that a whole patch must lead for a site to be chosen. max_steps: after which an episode
+    has failed."""
 
     episodes: int
     fit_episodes: int
@@ -260,8 +261,10 @@ def _fewest_rows(fits: Fits) -> list[dict[str, Any]]:
     for method, space in fits.subspaces.items():
         effects = [row["effect"] for row in records(fits.curve) if row["method"] == method]
         overlap = fits.subspaces[DAS].first(fits.k).overlap(space.first(min(fits.k, space.k)))
-        rows.append({"method": method, "fewest": _fewest(fits.curve, method), "of": space.d, "dimensions": space.k,
-                     "largest_effect": max(effects), "whole_patch": fits.full, "overlap_with_das": overlap})  # fmt: skip
+        rows.append(
+            {"method": method, "fewest": _fewest(fits.curve, method), "of": space.d, "dimensions": space.k,
+             "largest_effect": max(effects), "whole_patch": fits.full, "overlap_with_das": overlap}
+        )  # fmt: skip
     return rows
 
 

@@ -219,9 +219,12 @@ def _early_windows(context: Context, rows: Sequence[dict[str, Any]]) -> Verdict:
     moved = [row for row in rows if row["kind"] == INJECTED]
     said = ", ".join(f"steps {row['start']} to {row['stop'] - 1}: {row['displacement']:.3f} m "
                      f"(floor {row['no_op_floor']:.1e}), success {row['success']:.0%}" for row in moved)  # fmt: skip
-    early, late = moved[0]["displacement"], moved[-1]["displacement"]
+    ratios = {name: moved[0][name] / moved[-1][name] if moved[-1][name] else float("inf")
+              for name in ("displacement", "within")}  # fmt: skip
     return Verdict(
-        "early-windows", early >= limit * late, f"{said}; ratio {early / late if late else float('inf'):.2f}"
+        "early-windows",
+        ratios["displacement"] >= limit,
+        f"{said}; first ÷ last {ratios['displacement']:.2f}, within the windows themselves {ratios['within']:.2f}",
     )
 
 

@@ -1,0 +1,88 @@
+"""E2: what is replay is flagged, what is a dead end changes nothing, and verdicts follow from the tables."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from injection_case import context, run
+
+from hooked_vla.rollouts.experiments.kinds import injection_replay as kind
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    return run("E2", tmp_path_factory.mktemp("e2") / "run", nulls=["filler"])
+
+
+def test_replay_is_flagged_and_dead_ends_change_nothing(done) -> None:
+    _, outcome = done
+    rows = {row["site"]: row for row in outcome.main.to_dict("records") if row["donor"] == "own"}
+    labels = {site: row["label"] for site, row in rows.items()}
+    replay = {
+        "vlm.blocks.0.hook_resid_pre",
+        "expert.blocks.3.hook_resid_post",
+        "vlm (all layers)",
+        "expert (all layers)",
+    }
+    assert {site for site, label in labels.items() if label == "replay"} == replay
+    assert {site for site, label in labels.items() if label == "dead end"} == {"vlm.blocks.3.hook_resid_post"}
+    for site in replay:
+        assert rows[site]["identical"] == 1 and rows[site]["cosine"] == pytest.approx(1, abs=1e-6)
+    nothing, dead = rows[kind.NONE], rows["vlm.blocks.3.hook_resid_post"]
+    assert nothing["cosine"] == dead["cosine"] < 0.99 and nothing["identical"] == 0
+    assert outcome.tables["reach"]["agrees"].all()
+
+
+def test_an_unrelated_donor_is_replayed_with_its_noise(done) -> None:
+    rows = {row["site"]: row for row in done[1].main.to_dict("records") if row["donor"] == "unrelated"}
+    assert set(rows) == {"vlm (all layers)", "expert (all layers)"}
+    assert all(row["identical"] == 1 for row in rows.values())
+
+
+def test_the_report_says_replay_and_nothing_is_judged_below_the_gate(done) -> None:
+    made, outcome = done
+    assert all(verdict.holds is None and "floor effect" in verdict.measured for verdict in outcome.verdicts)
+    text = (made.out / "report.md").read_text()
+    assert "> **replay (two observations lead to the same actions" in text and "**dead end (" in text
+    assert {file.name for file in (made.out / "figures").iterdir()} == {"cosine.png", "success.png"}
+
+
+def test_a_run_that_is_begun_again_gives_the_same_results(done, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, outcome = done
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("what was run is run again")
+
+    monkeypatch.setattr(kind, "_reach", refuse)
+    monkeypatch.setattr("hooked_vla.rollouts.runner.GroupRunner.run", refuse)
+    again = made.definition.module.run(made, made.definition.settle(False))
+    pd.testing.assert_frame_equal(again.main, outcome.main)
+
+
+def table(**cosines: float) -> pd.DataFrame:
+    rows = [{"site": kind.NONE, "cosine": 0.2, "label": ""}]
+    rows += [
+        {"site": site, "cosine": cosine, "label": "replay" if site == "a" else "open"}
+        for site, cosine in cosines.items()
+    ]
+    rows.append({"site": "end", "cosine": 0.2, "label": "dead end"})
+    return pd.DataFrame([{"donor": "own", "null": "empty", **row} for row in rows])
+
+
+def test_rules_are_judged_from_the_table(tmp_path: Path) -> None:
+    made = context("E2", tmp_path)
+    settings = kind.Settings(2, nulls=("empty",))
+    assert kind._every_site(made, settings, table(a=1.0, b=0.995)).holds
+    missed = kind._every_site(made, settings, table(a=1.0, b=0.9))
+    assert missed.holds is False and "1 of 2 sites" in missed.measured and "b 0.900" in missed.measured
+    assert kind._flagged(made, settings, table(a=1.0, b=0.9)).holds
+    open_site = kind._flagged(made, settings, table(a=1.0, b=0.995))
+    assert open_site.holds is False and "not replay: b" in open_site.measured
+    assert kind._flagged(made, settings, table(a=0.5)).holds is None
+    assert kind._goes_to_the_old_place(made, None).holds is None
+    moved = pd.DataFrame([
+        {"arm": arm, "at_old_place": arm == kind.MOVED, "to_old": 0.01} for arm in ("baseline", kind.MOVED)
+    ])  # fmt: skip
+    assert kind._goes_to_the_old_place(made, moved).holds
+    with pytest.raises(ValueError, match="unknown nulls"):
+        kind.Settings(2, nulls=("blank",))
