@@ -46,7 +46,7 @@ Path = tuple[Cell, str]
 
 
 def writing_points(model: HookedModel) -> list[str]:
-    """Points that hold what attention, MLPs and convolutions add to a stream, and what a round of a loop begins with."""
+    """Points that hold what attention, MLPs and convolutions add to a stream, and what a loop's round begins with."""
     # what was generated is the next token's input
     return [name for name in model.points if hook_names.leaf(name) in WRITES or name == "decode.hook_tokens"]
 

@@ -103,8 +103,8 @@ def count_calls(module: nn.Module) -> list[int]:
 def test_what_comes_before_the_first_edit_does_not_run(tiny: HookedVLA) -> None:
     obs = make_observation(1)
     tape = Tape.record(tiny, obs, NOISE, [LATE])
-    counted = {name: count_calls(tiny.net.get_submodule(name))
-               for name in ("vision.blocks.0", "vlm.blocks.2.mlp", "expert.blocks.0.mlp", "expert.blocks.1.mlp")}  # fmt: skip
+    names = ("vision.blocks.0", "vlm.blocks.2.mlp", "expert.blocks.0.mlp", "expert.blocks.1.mlp")
+    counted = {name: count_calls(tiny.net.get_submodule(name)) for name in names}
     forwards = {name: vars(tiny.net.get_submodule(name)).get("forward") for name in counted}
     tape.run([[Ablate(LATE, "zero")]])
     # pre-hooks count calls that are answered from the tape, blocks inside of a skipped tower are not called

@@ -15,9 +15,9 @@ from hooked_vla.rollouts.arms import BASELINE, describe_arms
 from hooked_vla.rollouts.cells import Cell, Scene
 from hooked_vla.rollouts.injection import (
     InjectionArm,
-    ToldArm,
     Source,
     Told,
+    ToldArm,
     cross_seed,
     cross_task,
     load_donors,

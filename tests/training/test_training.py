@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from hooked_vla import HookedVLA, Observation, get_spec, list_models
 from hooked_vla.cli import app
+from hooked_vla.training import demonstrations
 from hooked_vla.training.batches import Batch, Prompting, concatenate, encode, shuffled
 from hooked_vla.training.dataset import gather
 from hooked_vla.training.demonstrations import Policy, Recorder
@@ -189,10 +190,12 @@ def test_the_tower_sees_every_camera_of_every_frame(model, moments):
     assert features.shape == (6, 64, 96)
 
 
-def test_a_policy_acts_in_all_rows_at_once(model):
-    source = Recorder({"goal": 1.0}, ("top", "wrist"), 96, chunk=8, seed=1, keep=0.02)
+def test_a_policy_acts_in_all_rows_at_once(model, monkeypatch):
+    monkeypatch.setattr(demonstrations, "MAX_STEPS", 10)
+    source = Recorder({"goal": 1.0}, ("top", "wrist"), 96, chunk=8, seed=1, keep=0.5)
     _, rows = next(source.episodes(2, lambda n: Policy(model)))
-    assert len(rows) == 2 and all(moment.chunk.shape == (8, 4) for row in rows for moment in row)
+    assert len(rows) == 2 and all(0 < len(row) < 10 for row in rows)
+    assert all(moment.chunk.shape == (8, 4) for row in rows for moment in row)
 
 
 def test_shipped_sizes_stay_below_eight_megabytes():

@@ -139,7 +139,7 @@ def test_the_map_that_is_usually_shown_is_the_last_layers_even_where_it_is_a_dea
 
 
 def test_controls_are_other_heads_of_the_same_pathway(context):
-    settings = Settings("goal", 4, "top", 1, n_random=2, n_joint=2, films=0)
+    settings = Settings("goal", "object", 4, "top", 1, n_random=2, n_joint=2, films=0)
     arms = knock_outs(context, _scores(), top_heads(_scores()), settings)
     heads = {arm.name: [(edit.where.sites[0], edit.where.heads) for edit in arm.edits] for arm in arms}
     assert heads["expert: top head"] == [("expert.blocks.2.attn.hook_z", (1,))]

@@ -63,7 +63,7 @@ def test_rules_are_judged_from_the_table(tmp_path: Path) -> None:
     # nothing but the dead end is below: no depth was found
     assert not kind._fuses(made, rows(a=1.0, b=1.0)).holds
     assert not kind._fuses(made, rows(a=0.1, b=0.0)).holds
-    every = [{"tokens": tokens, "place": f"vlm, {kind.EVERY}", "depth": float("nan"), "restored": share, "label": "open"}
+    every = [{"tokens": tokens, "place": f"vlm, {kind.EVERY}", "depth": float("nan"), "restored": share}
              for tokens, share in (("language", 0.9), ("image:*", 0.1), ("random", 0.75), ("random", 0.5))]  # fmt: skip
     verdict = kind._restores(made, every)
     assert verdict.holds and "language 90%, image:* 10%" in verdict.measured

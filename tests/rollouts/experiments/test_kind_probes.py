@@ -51,10 +51,10 @@ def test_a_goal_in_the_activations_is_read_on_unseen_tasks_and_time_is_not_enoug
     table = labels(0)
     block, pad = questions(table)[:2]
     rng = np.random.default_rng(1)
-    codes = {name: rng.normal(size=8) for name in ("red", "green", "blue", "yellow", "a", "b", "c")}
-    x = np.stack([codes[row.block] + codes[row.pad] for row in table.itertuples()]) + 0.05 * rng.normal(size=(24, 8))
+    codes = {name: rng.normal(size=32) for name in ("red", "green", "blue", "yellow", "a", "b", "c")}
+    x = np.stack([codes[row.block] + codes[row.pad] for row in table.itertuples()]) + 0.05 * rng.normal(size=(24, 32))
     for question in (block, pad):
-        found = question.score(x, {"random weights": rng.normal(size=(24, 8))}, 4, 2, 0)
+        found = question.score(x, {"random weights": rng.normal(size=(24, 32))}, 4, 2, 0)
         assert found.probe.score > 0.9 and found.margin > 0.3
         assert set(found.baselines) == {"random weights", "time", "proprioception"}
 

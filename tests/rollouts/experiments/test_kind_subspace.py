@@ -75,7 +75,7 @@ def test_what_was_done_is_read_off_the_poses(tmp_path: Path) -> None:
 
 def test_the_first_block_that_goes_up() -> None:
     def poses(red: float, blue: float) -> dict[str, list[float]]:
-        return {"blocks/red": [0, 0, red], "blocks/blue": [0, 0, blue], "pads/cyan": [0, 0]}
+        return {"blocks/red": [0.0, 0.0, red], "blocks/blue": [0.0, 0.0, blue], "pads/cyan": [0.0, 0.0]}
 
     path = [poses(0.03, 0.03), poses(0.03, 0.03 + LIFTED / 2), poses(0.03, 0.031 + LIFTED), poses(0.2, 0.2)]
     assert first_lifted(path) == "blue" and first_lifted(path[:2]) is None

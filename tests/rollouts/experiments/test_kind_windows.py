@@ -26,7 +26,7 @@ def test_own_values_are_the_floor_and_others_are_not(done) -> None:
 
 
 def test_nothing_changes_before_its_step(done) -> None:
-    """Counting forward calls, a window of 4 would be over within the first chunk, and one from 4 on would begin in it."""
+    """Counted in forward calls, a window of 4 would be over in the first chunk, and one from 4 on would begin in it."""
     folder = done[0].out / "rollouts" / "main"
     episodes = read_episodes(folder).to_pandas()
 

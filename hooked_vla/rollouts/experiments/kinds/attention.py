@@ -48,13 +48,15 @@ _N_LOCAL = 4
 
 @dataclass(frozen=True)
 class Settings:
-    """suite: of the tabletop's. scenes: for maps, each seen at two moments; camera: whose maps are judged.
+    """suite: of the tabletop's; wordless_suite: for models that read no words. scenes: for maps, each seen at two
+    moments; camera: whose maps are judged.
 
     episodes: of each arm in closed loop. n_random: heads drawn as controls, for each pathway; n_joint: how many of the
     best heads are also taken out together, and as many random ones; 0 for none. films: how many episodes are filmed.
     """
 
     suite: str
+    wordless_suite: str
     scenes: int
     camera: str
     episodes: int
@@ -68,7 +70,8 @@ Row = Mapping[str, Any]
 
 def run(context: Context, settings: Settings) -> Outcome:
     """Raises ValueError for another suite than the tabletop's, and a camera that the model does not see."""
-    found = moments(context, settings.suite, settings.scenes)
+    suite = settings.suite if hasattr(context.model.processor, "tokenizer") else settings.wordless_suite
+    found = moments(context, suite, settings.scenes)
     if settings.camera not in found[0].images:
         raise ValueError(f"{context.model_name} sees the cameras {list(found[0].images)}, not {settings.camera!r}")
     maps = make_maps(context, found)
@@ -78,18 +81,18 @@ def run(context: Context, settings: Settings) -> Outcome:
     table = map_table(scores, chosen, context.seed)
     heads = head_table(scores)
     arms = knock_outs(context, scores, chosen, settings)
-    compared = compare_suites(context, [run_suite(context, settings.suite, arms, settings.episodes, context.options)])
+    compared = compare_suites(context, [run_suite(context, suite, arms, settings.episodes, context.options)])
     compared.insert(2, "heads", [_heads(arms, str(arm)) for arm in compared["arm"]])
     local = context.table("locality", lambda: locality(context, maps))
     best = [each for each in chosen if each.what == TOP]
     steps = step_table(maps, {each.label: (each.reader, each.site, each.head) for each in best}, settings.camera)
-    films = film(context, settings.suite, settings.films, best)
+    films = film(context, suite, settings.films, best)
     return Outcome(
         main=table,
         verdicts=[
             _beats_chance(context, table, "last-layer", LAST),
             _beats_chance(context, table, "top-head", TOP),
-            _knocked_out(context, compared, settings.suite),
+            _knocked_out(context, compared, suite),
         ],
         tables={"knock_out": compared, "heads": heads, "denoise_steps": steps, "locality": local},
         figures={"maps": draw_maps(maps, chosen, settings.camera), **draw_scores(heads)},

@@ -6,7 +6,7 @@ same injection: then it is replay, which is found out for every site by running.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ from hooked_vla.rollouts.experiments.kinds.injection_runs import (
     record,
     rows_of,
     scene_of,
+    starts_of,
     with_noise,
 )
 from hooked_vla.rollouts.experiments.outcome import Outcome, Verdict
@@ -144,14 +145,12 @@ def _reach(
     context: Context, settings: Settings, source: Recorded, groups: Mapping[str, list[str]], told: Mapping[str, Told]
 ) -> pd.DataFrame:
     """For every group and null prompt: what names tell of it, and what running two observations shows."""
-    starts = context.observations(settings.suite, settings.episodes)
     episode, rows = source.sources[0].episode, []
     for null, each in told.items():
-        pair = [starts[0].observation, starts[-1].observation]
-        cell_text = each.text if isinstance(each.text, str) else (each.text or {})[source.scenes[0]]
-        first, second = (replace(obs, instruction=cell_text) for obs in pair)
+        text = each.text if isinstance(each.text, str) else (each.text or {})[source.scenes[0]]
+        starts = starts_of(context, settings.suite, settings.episodes, text)
         for name, sites in groups.items():
-            found = reach_of(context, source, episode, Injection(sites, HOLD), first, second, starts[0].seed)
+            found = reach_of(context, source, episode, Injection(sites, HOLD), starts)
             rows.append({"null": null, "site": name, "cut_set": found.cut or "", "dead_end_by_name": found.dead_end,
                          "label": found.label, "agrees": found.agrees})  # fmt: skip
     return pd.DataFrame(rows)

@@ -2,23 +2,26 @@
 their sources.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hooked_vla.hooks.names import resolve
-from hooked_vla.inputs import Observation
+from hooked_vla.inputs import ModelInputs
 from hooked_vla.interventions.injection import Injection
 from hooked_vla.interventions.injection_reach import Reach, find_reach
 from hooked_vla.interventions.injection_sites import choose_sites
+from hooked_vla.rollouts.acting import prepare
 from hooked_vla.rollouts.activations import ActivationRecorder, ActivationWatcher
 from hooked_vla.rollouts.arms import BASELINE
 from hooked_vla.rollouts.cells import Scene, spread_scenes
 from hooked_vla.rollouts.experiments.compare import Normalize, Runs, cosine, read_runs
 from hooked_vla.rollouts.experiments.context import Context
+from hooked_vla.rollouts.experiments.kinds.battery_runs import settings_in
 from hooked_vla.rollouts.injection import MAX_BYTES, Source, load_donors, open_recording, sources_of
 from hooked_vla.rollouts.noise import SeededNoise
 from hooked_vla.rollouts.settings import Options, constant_text
@@ -102,38 +105,49 @@ def with_noise(model: HookedVLA, sites: Sequence[str]) -> list[str]:
 # Prompts that say nothing.
 
 
-def count_tokens(model: HookedVLA, obs: Observation) -> int:
-    """Tokens of an observation's prompt, without padding. Raises ValueError for a model that reads no text."""
-    mask = getattr(model.prepare(obs), "token_mask", None)
+def inputs_of(context: Context, suite: str, frame: Mapping[str, Any], text: str | None = None) -> ModelInputs:
+    """What an environment shows, as the model gets it in rollouts; text: told in place of its instruction."""
+    settings = settings_in(context, suite, context.options)
+    with constant_text(context.model.processor, settings.constant_text):
+        return prepare(context.model, settings, [frame if text is None else {**frame, "instruction": text}])
+
+
+def count_tokens(inputs: ModelInputs) -> int:
+    """Tokens of the first row's prompt, without padding. Raises ValueError for a model that reads no text."""
+    mask = getattr(inputs, "token_mask", None)
     if mask is None:
-        raise ValueError(f"{model.spec.name} reads no text: its prompt cannot be replaced")
+        raise ValueError("the model reads no text: its prompt cannot be replaced")
     return int(mask[0].sum())
 
 
-def filler_prompt(model: HookedVLA, obs: Observation) -> str:
-    """A prompt that says nothing and has as many tokens as the observation's own.
+def filler_prompt(count: Callable[[str], int], instruction: str) -> str:
+    """A prompt that says nothing and has as many tokens as an instruction. count: tokens of a prompt.
 
     Networks hide padding: what is injected where the empty prompt has padding would never be seen.
     Raises ValueError where no repeated word gives that number.
     """
-    wanted = count_tokens(model, obs)
+    wanted = count(instruction)
     for word in FILLERS:
         for n in range(1, wanted + 1):
             text = " ".join([word] * n)
-            found = count_tokens(model, replace(obs, instruction=text))
+            found = count(text)
             if found == wanted:
                 return text
             if found > wanted:
                 break
-    raise ValueError(f"none of {FILLERS}, repeated, has the {wanted} tokens of {obs.instruction!r}")
+    raise ValueError(f"none of {FILLERS}, repeated, has the {wanted} tokens of {instruction!r}")
 
 
 def fillers(context: Context, suite: str, scenes: Sequence[Scene]) -> dict[Scene, str]:
     """`filler_prompt` for every scene, by its task."""
-    tasks = dict.fromkeys(scene.task for scene in scenes)
-    first = next(iter(context.observations(suite, 1))).observation
-    texts = {task: filler_prompt(context.model, replace(first, instruction=get_suite(suite).task(task).instruction))
-             for task in tasks}  # fmt: skip
+    frame = context.observations(suite, 1)[0].frame
+
+    @cache
+    def count(text: str) -> int:
+        return count_tokens(inputs_of(context, suite, frame, text))
+
+    told = {task.id: task.instruction for task in get_suite(suite).tasks}
+    texts = {task: filler_prompt(count, told[task]) for task in dict.fromkeys(scene.task for scene in scenes)}
     return {scene: texts[scene.task] for scene in scenes}
 
 
@@ -196,14 +210,32 @@ def gate(runs: Runs, limit: float, arm: str = BASELINE.name) -> str | None:
     return None if success >= limit else f"the arm {arm!r} succeeds in {success:.0%}: a floor effect, not judged"
 
 
-def reach_of(
-    context: Context, source: Recorded, episode: int, injection: Injection, first: Observation, second: Observation,
-    seed: int,
-) -> Reach:  # fmt: skip
-    """What an injection from a recorded episode's first step shows, by running two observations as rollouts would."""
+@dataclass(frozen=True)
+class Starts:
+    """How the first and the last episode of a suite start, as the model's inputs. seed: the first one's."""
+
+    first: ModelInputs
+    second: ModelInputs
+    seed: int
+
+
+def starts_of(context: Context, suite: str, episodes: int, text: str | None = None) -> Starts:
+    """The first and the last of the episodes' starts; text: what both are told, None for their own instructions.
+
+    Where the second's own has another number of tokens than the first's, both are told the first's: masks, which no
+    injection reaches, would tell them apart.
+    """
+    seen = context.observations(suite, episodes)
+    first, second = (inputs_of(context, suite, each.frame, text) for each in (seen[0], seen[-1]))
+    if text is None and hasattr(first, "token_mask") and count_tokens(first) != count_tokens(second):
+        second = inputs_of(context, suite, seen[-1].frame, seen[0].frame["instruction"])
+    return Starts(first, second, seen[0].seed)
+
+
+def reach_of(context: Context, source: Recorded, episode: int, injection: Injection, starts: Starts) -> Reach:
+    """What an injection from a recorded episode's first step shows, by running two starts as rollouts would."""
     model = context.model
     sites = resolve(list(injection.sites), list(model.points))
     donor = load_donors(open_recording(source.folder), [episode], sites, injection, MAX_BYTES, "reach")[episode]
-    with constant_text(model.processor, context.options.constant_text):
-        noise = SeededNoise.of(model, first)([seed], 0)
-        return find_reach(model, injection, donor, first, second, noise, 0)
+    noise = SeededNoise.of(model, starts.first)([starts.seed], 0)
+    return find_reach(model, injection, donor, starts.first, starts.second, noise, 0)

@@ -6,7 +6,7 @@ the donor's object moved, replay goes to the old place.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,7 @@ from hooked_vla.rollouts.experiments.kinds.injection_runs import (
     scene_of,
     scenes_of,
     sites_in,
+    starts_of,
     turned_tasks,
 )
 from hooked_vla.rollouts.experiments.outcome import Outcome, Verdict
@@ -164,11 +165,10 @@ def _run_arms(context: Context, settings: Settings, setup: Setup) -> Runs:
 
 def _reach(context: Context, settings: Settings, setup: Setup) -> pd.DataFrame:
     """What names tell of every injection, and what running two observations shows."""
-    starts = context.observations(settings.suite, settings.episodes)
-    first, second = starts[0].observation, replace(starts[-1].observation, instruction=starts[0].frame["instruction"])
-    episode, rows = setup.donors[Scene(starts[0].task, starts[0].seed)], []
+    starts = starts_of(context, settings.suite, settings.episodes)
+    episode, rows = setup.donors[next(iter(setup.donors))], []
     for text, sites in setup.sites.items():
-        found = reach_of(context, setup.source, episode, Injection(sites, HOLD), first, second, starts[0].seed)
+        found = reach_of(context, setup.source, episode, Injection(sites, HOLD), starts)
         rows.append({"injected": text, "sites": len(sites), "cut_set": found.cut or "", "label": found.label,
                      "dead_end_by_name": found.dead_end, "agrees": found.agrees})  # fmt: skip
     return pd.DataFrame(rows)

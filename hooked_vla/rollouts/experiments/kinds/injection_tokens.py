@@ -6,7 +6,7 @@ into what the expert reads of the prefix. As many random tokens that are not lan
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,14 @@ from hooked_vla.rollouts.experiments.compare import (
 from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.figures import curve, success_bars
 from hooked_vla.rollouts.experiments.kinds.battery_runs import limited, records, threshold
-from hooked_vla.rollouts.experiments.kinds.injection_runs import Recorded, fillers, gate, reach_of, record
+from hooked_vla.rollouts.experiments.kinds.injection_runs import (
+    Recorded,
+    fillers,
+    gate,
+    reach_of,
+    record,
+    starts_of,
+)
 from hooked_vla.rollouts.experiments.outcome import Outcome, Verdict
 from hooked_vla.rollouts.injection import InjectionArm, Told, ToldArm, open_recording, same_scene
 
@@ -172,12 +179,10 @@ def _reach(
     context: Context, settings: Settings, source: Recorded, injected: Mapping[str, Injected]
 ) -> Mapping[str, str]:
     """What running two observations under every arm's injection shows."""
-    starts = context.observations(settings.suite, settings.episodes)
     text = fillers(context, settings.suite, source.scenes[:1])[source.scenes[0]]
-    first, second = (replace(starts[i].observation, instruction=text) for i in (0, -1))
-    episode, seed = source.sources[0].episode, starts[0].seed
-    return {name: reach_of(context, source, episode, each.injection, first, second, seed).label
-            for name, each in injected.items()}  # fmt: skip
+    starts = starts_of(context, settings.suite, settings.episodes, text)
+    episode = source.sources[0].episode
+    return {name: reach_of(context, source, episode, each.injection, starts).label for name, each in injected.items()}
 
 
 def restored(table: pd.DataFrame, injected: Mapping[str, Injected], reach: Mapping[str, str]) -> pd.DataFrame:

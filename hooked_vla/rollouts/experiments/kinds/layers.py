@@ -72,7 +72,8 @@ def run(context: Context, settings: Settings) -> Outcome:
     blocks = [block for way in ways for block in list_blocks(model, [way])[:: settings.every]]
     alive = [block for block in blocks if reaches_action(model, block)]
     sources = _sources(context, settings, [f"{block}.{OUTPUT}" for block in alive])
-    cells = {f"{kind} {block}": (cast(Ablation, kind), block) for block in alive for kind in settings.kinds}
+    kinds = cast(tuple[Ablation, ...], settings.kinds)
+    cells: dict[str, tuple[Ablation, str]] = {f"{kind} {block}": (kind, block) for block in alive for kind in kinds}
     arms = [EditArm(name, ablate_block(model, block, kind, sources[kind])) for name, (kind, block) in cells.items()]
     options = limited(context, settings.max_steps)
     runs = run_suite(context, settings.suite, arms, settings.episodes, options)

@@ -14,7 +14,7 @@ from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.hooks import names as hook_names
 from hooked_vla.hooks.model import HookedModel
 from hooked_vla.interventions.injection import HOLD, Injection
-from hooked_vla.interventions.injection_sites import choose_layers
+from hooked_vla.interventions.injection_sites import choose_layers, layer_sites
 from hooked_vla.interventions.reach import cut_set
 from hooked_vla.rollouts.arms import BASELINE, Arm
 from hooked_vla.rollouts.cells import Scene
@@ -33,7 +33,7 @@ from hooked_vla.rollouts.experiments.kinds.battery_runs import compare_suites, g
 from hooked_vla.rollouts.experiments.kinds.injection_runs import Recorded, record, rows_of, scene_of, turned_tasks
 from hooked_vla.rollouts.experiments.kinds.pathways_arms import DONOR, NOISE, RANDOM, MatchedNoiseArm
 from hooked_vla.rollouts.experiments.kinds.pathways_chunks import chunk_sweep
-from hooked_vla.rollouts.experiments.kinds.pathways_figures import by_distance, ratios
+from hooked_vla.rollouts.experiments.kinds.pathways_figures import PER, by_distance, ratios
 from hooked_vla.rollouts.experiments.outcome import Outcome, Verdict
 from hooked_vla.rollouts.injection import InjectionArm, cross_task, open_recording, same_start
 
@@ -61,9 +61,8 @@ def run(context: Context, settings: Settings) -> Outcome:
     model, options = context.model, limited(context, settings.max_steps)
     sites = [site for way in (settings.pathway, EXPERT) for site in _sites(model, way)]
     source = record(context, "source", settings.suite, sites, settings.episodes, options)
-    turned = record(
-        context, "turned", settings.suite, sites, settings.episodes, options, turned_tasks(settings.suite, 1)
-    )
+    others = turned_tasks(settings.suite, 1)
+    turned = record(context, "turned", settings.suite, sites, settings.episodes, options, others)
     chosen = {way: _chosen(model, way, settings.layers) for way in (settings.pathway, EXPERT)}
     arms, cells = _arms(source, turned, [site for each in chosen.values() for site in each])
     main = context.rollouts("main", settings.suite, [BASELINE, *arms], settings.episodes, options=options)
@@ -93,12 +92,7 @@ def run(context: Context, settings: Settings) -> Outcome:
 def _sites(model: HookedModel, pathway: str) -> list[str]:
     """What the pathway's blocks hand on, where any action depends on it."""
     about = model.hook_points
-    found = [
-        name for name in model.points if name.startswith(f"{pathway}.blocks.") and name.endswith(".hook_resid_post")
-    ]
-    if not found:
-        raise ValueError(f"the model has no blocks in the pathway {pathway!r}")
-    return [name for name in found if about[name].reaches_action]
+    return [site for site in layer_sites(model, pathway) if about[site].reaches_action]
 
 
 def _chosen(model: HookedModel, pathway: str, layers: str) -> list[str]:
@@ -190,7 +184,8 @@ def _compare(context: Context, runs: Runs, cells: Mapping[str, tuple[str, str]],
              "blocks_after": blocks_after(context.model, site) if site else pd.NA,
              **{name: size[name] for name in ("change", "relative", "calls")},
              "displacement": moved, "per_change": moved / size["change"],
-             "per_change_and_call": moved / (size["change"] * size["calls"])}
+             "per_change_and_call": moved / (size["change"] * size["calls"]),
+             "per_relative_and_call": moved / (size["relative"] * size["calls"])}
             | {name: value for name, value in row.items() if name not in ("arm", "displacement")}
         )  # fmt: skip
     return pd.DataFrame(rows).astype({"blocks_after": "Int64"})
@@ -207,7 +202,7 @@ def _gaps(context: Context, settings: Settings, runs: Runs, table: pd.DataFrame)
         scenes = list(moved[EXPERT])
         apart = [moved[EXPERT][scene] - moved[settings.pathway][scene] for scene in scenes]
         _, low, high = mean_with_interval(apart, [scene.task for scene in scenes], context.seed)
-        for per in ("displacement", "per_change", "per_change_and_call"):
+        for per in PER:
             means = {way: float(np.mean([row[per] for row in each])) for way, each in by_way.items()}
             raw = per == "displacement"
             rows.append(
@@ -242,16 +237,16 @@ def _verdicts(context: Context, settings: Settings, table: pd.DataFrame, gaps: p
         f"expert {100 * raw[EXPERT]:.1f} cm, {settings.pathway} {100 * raw['other']:.1f} cm: {raw['ratio']:.2g} times; "
         f"difference {100 * raw['difference']:+.1f} cm ({100 * raw['low']:+.1f} to {100 * raw['high']:+.1f})"
     )
-    left = normed["ratio"] / raw["ratio"]
+    left = abs(np.log(normed["ratio"])) / abs(np.log(raw["ratio"]))
     per = by[DONOR, "per_change"]["ratio"]
     beyond = {way: raw[key] / noise[key] for way, key in ((EXPERT, EXPERT), (settings.pathway, "other"))}
     return [
         Verdict("raw", bool(larger), said),
         Verdict(
             "gap",
-            left < threshold(context, "gap"),
+            bool(left < threshold(context, "gap")),
             f"{raw['ratio']:.2g} times raw, {per:.2g} times per unit of ‖Δh‖, {normed['ratio']:.2g} times per unit and "
-            f"call: {left:.2g} of the raw ratio",
+            f"call; on a logarithmic scale {left:.2g} of the raw gap is left",
         ),
         Verdict(
             "beyond-noise",
@@ -264,10 +259,11 @@ def _verdicts(context: Context, settings: Settings, table: pd.DataFrame, gaps: p
 def _notes(model: HookedModel, settings: Settings, chosen: Mapping[str, Sequence[str]]) -> list[str]:
     where = "; ".join(f"{way}: {', '.join(sites)}" for way, sites in chosen.items())
     return [
-        f"In closed loop all tokens were injected, at every call and for the whole episode, at one site an arm ({where}).",
+        f"In closed loop all tokens were injected at every call of the whole episode, at one site an arm ({where}).",
+        "Streams differ in width and scale: ‖Δh‖ of one is not ‖Δh‖ of the other. As part of ‖h‖ they compare better.",
         "‖Δh‖ is the donor's value less the episode's own where neither has been edited yet: over all tokens of one "
         "call, mean over calls. Later the two episodes drift apart, and the change grows with it.",
-        "A random donor has another start and another noise, so what its expert activations carry is not only its task.",
+        "A random donor has another start and another noise: its expert's activations carry more than its task.",
         "Blocks behind a site: in the expert those that follow; in the other pathway those of its own that follow, and "
         "the expert's where these read its end only.",
     ]

@@ -14,7 +14,7 @@ from hooked_vla.interventions.places import Layout
 from hooked_vla.rollouts.cells import Cell
 from hooked_vla.rollouts.injection import InjectionArm
 
-# what is put into an episode: another task's run from the same start; a run of another start; noise as large as the first
+# put into an episode: another task's run from the same start; one from another start; noise as large as the first
 DONOR, RANDOM, NOISE = "donor", "random donor", "noise"
 
 

@@ -1,4 +1,4 @@
-"""The same question on first chunks alone: every block's output patched from another task's run, from the same start."""
+"""Expert against VLM on first chunks: every block's output patched from another task's run, from the same start."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -15,12 +15,13 @@ PER = {
     "displacement": "raw",
     "per_change": "per unit of ‖Δh‖",
     "per_change_and_call": "per unit of ‖Δh‖ and call",
+    "per_relative_and_call": "per ‖Δh‖/‖h‖ and call",
 }
 
 
 def ratios(gaps: pd.DataFrame, other: str) -> Figure:
     """Expert ÷ the other pathway, by what displacement is counted per, a bar for each condition."""
-    figure = new_figure(6.2, 3.4)
+    figure = new_figure(7.6, 3.6)
     axes = figure.subplots()
     by = {(row["condition"], row["per"]): row["ratio"] for row in records(gaps)}
     conditions = [each for each in (DONOR, RANDOM, NOISE) if any(key[0] == each for key in by)]
@@ -43,7 +44,7 @@ def ratios(gaps: pd.DataFrame, other: str) -> Figure:
 
 def by_distance(chunks: pd.DataFrame) -> Figure:
     """Displacement of first chunks over the blocks behind the site: raw with intervals, and per unit and call."""
-    figure = new_figure(9.0, 3.6)
+    figure = new_figure(9.0, 4.2)
     panels = figure.subplots(1, 2)
     ways = list(dict.fromkeys(chunks["pathway"]))
     for i, way in enumerate(ways):
@@ -64,5 +65,7 @@ def by_distance(chunks: pd.DataFrame) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("displacement of the first chunk", fontsize=9)
     panels[1].set_yscale("log")
-    panels[0].legend(fontsize=7, frameon=False)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False
+    )
     return figure

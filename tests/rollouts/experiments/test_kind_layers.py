@@ -1,0 +1,69 @@
+"""E16: each cell ablates what it says, dead ends are not run, and verdicts follow from the table alone."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from injection_case import context, run
+
+from hooked_vla.rollouts.activations import ActivationRecording
+from hooked_vla.rollouts.experiments.kinds import layers as kind
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    return run("E16", tmp_path_factory.mktemp("e16") / "run", episodes=2, source_episodes=2, max_steps=8, every=3,
+               kinds=["zero", "mean", "resample", "skip"])  # fmt: skip
+
+
+def test_every_living_block_is_ablated_in_every_way(done) -> None:
+    table = done[1].main
+    cells = table[table["block"] != ""]
+    # of four blocks each, the first and the last: nothing reads what the vlm's last one hands on
+    assert set(cells["block"]) == {"vlm.blocks.0", "expert.blocks.0", "expert.blocks.3"}
+    assert cells.groupby("block")["ablation"].apply(list).map(set).map(len).eq(4).all()
+    assert [label for label in done[1].labels if "vlm.blocks.3" in label]
+    # whatever is taken out, the episode goes another way
+    assert (cells["displacement"] > 10 * cells["floor"]).all()
+    assert set(done[1].figures) == {"success", "displacement"}
+
+
+def test_means_are_those_of_the_policys_own_episodes_elsewhere(done) -> None:
+    made = done[0]
+    recording = ActivationRecording(made.folder("on_policy"))
+    site = "expert.blocks.0.hook_resid_post"
+    mean = kind._mean(recording, site)
+    keys = [key for key in recording.keys(site) if key[2] == 4]
+    expected = np.mean([recording.get(*key[:2], site, 4).numpy() for key in keys], axis=0)
+    np.testing.assert_allclose(mean[4].numpy(), expected, rtol=1e-5, atol=1e-6)
+    assert mean.shape[:2] == (made.model.n_denoise_steps, 1)
+    assert recording.about["seed"] != made.seed
+
+
+def judged(tmp_path, successes: dict[str, list[float]], baseline: float = 1.0) -> dict[str, kind.Verdict]:
+    made = context("E16", tmp_path)
+    rows = [{"suite": "goal", "arm": "baseline", "ablation": "", "block": "", "success": baseline}]
+    rows += [{"suite": "goal", "arm": f"{name} {i}", "ablation": name, "block": f"b{i}", "success": success}
+             for name, each in successes.items() for i, success in enumerate(each)]  # fmt: skip
+    table, settings = pd.DataFrame(rows), made.definition.settle(False)
+    verdicts = [kind._zero_fatal(made, settings, table), *(kind._graded(made, settings, table, each)
+                                                           for each in ("mean", "skip"))]  # fmt: skip
+    return {each.rule: each for each in verdicts}
+
+
+def test_rules_are_judged_by_the_table(tmp_path) -> None:
+    found = judged(tmp_path, {"zero": [0.0, 0.05], "mean": [0.1, 0.9], "skip": [0.5, 0.55]})
+    assert [found[rule].holds for rule in ("zero-fatal", "mean-graded", "skip-graded")] == [True, True, False]
+    found = judged(tmp_path, {"zero": [0.0, 0.5], "mean": [0.1]})
+    assert not found["zero-fatal"].holds and "b1 50%" in found["zero-fatal"].measured
+    assert found["mean-graded"].holds is None and found["skip-graded"].holds is None
+    found = judged(tmp_path, {"zero": [0.0]}, baseline=0.5)
+    assert found["zero-fatal"].holds is None and "floor effect" in found["zero-fatal"].measured
+
+
+def test_wrong_settings_are_refused(tmp_path) -> None:
+    for wrong, message in (({"kinds": ["median"]}, "unknown kinds"), ({"every": 0}, "every must be at least 1")):
+        with pytest.raises(ValueError, match=message):
+            context("E16", tmp_path, **wrong)
+    made = context("E16", tmp_path, pathways=["decode"])
+    with pytest.raises(ValueError, match="has no blocks in"):
+        made.definition.module.run(made, made.definition.settle(False))
