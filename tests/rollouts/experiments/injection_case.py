@@ -4,8 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
+
 from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.definition import find_experiment
+from hooked_vla.rollouts.experiments.report import write_outcome
 from hooked_vla.rollouts.jobs import ModelSource
 from hooked_vla.rollouts.settings import Options
 
@@ -23,11 +26,14 @@ def context(experiment: str, out: Path, **settings: Any) -> Context:
 
 
 def run(experiment: str, out: Path, **settings: Any) -> tuple[Context, Any]:
-    """The run's context and outcome, written as users get it."""
-    from hooked_vla.rollouts.experiments.report import write_outcome
-
+    """The run's context and outcome, written as users get it; without runtime shape checks, which take most of the
+    time."""
     made = context(experiment, out, **settings)
-    made.claim()
-    outcome = made.definition.module.run(made, made.definition.settle(False))
-    write_outcome(made, outcome)
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        made.claim()
+        outcome = made.definition.module.run(made, made.definition.settle(False))
+        write_outcome(made, outcome)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
     return made, outcome

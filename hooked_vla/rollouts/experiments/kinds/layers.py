@@ -17,7 +17,7 @@ from hooked_vla.analysis.ablation import (
 )
 from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.hooks import names as hook_names
-from hooked_vla.interventions import EditArm
+from hooked_vla.interventions import EditArm, cut_set
 from hooked_vla.rollouts.activations import ActivationRecorder, ActivationRecording, ActivationWatcher
 from hooked_vla.rollouts.arms import BASELINE
 from hooked_vla.rollouts.experiments.compare import by_task
@@ -88,8 +88,7 @@ def run(context: Context, settings: Settings) -> Outcome:
         ],
         tables={"tasks": by_task(runs)},
         figures=_figures(context, keep(table, lambda row: row["arm"] in cells)),
-        labels=[f"dead end: no action depends on what {block} hands on or writes, so it was not ablated"
-                for block in blocks if block not in alive],
+        labels=_labels(context, blocks, alive),
         notes=_notes(context, settings, alive),
     )  # fmt: skip
 
@@ -170,6 +169,16 @@ def _figures(context: Context, cells: pd.DataFrame) -> dict[str, tuple[Any, str]
             "the table's column floor.",
         ),
     }
+
+
+def _labels(context: Context, blocks: Sequence[str], alive: Sequence[str]) -> list[str]:
+    cut = [block for block in alive if cut_set(context.model, {f"{block}.{OUTPUT}"})]
+    return [
+        *(f"dead end: no action depends on what {block} hands on or writes, so it was not ablated"
+          for block in blocks if block not in alive),
+        *(f"cut set: what {block} hands on is all that actions are made of; zero and mean there leave nothing of what "
+          "the model sees" for block in cut),
+    ]  # fmt: skip
 
 
 def _notes(context: Context, settings: Settings, alive: Sequence[str]) -> list[str]:
