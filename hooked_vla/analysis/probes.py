@@ -18,6 +18,7 @@ from jaxtyping import Float, Float64
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from hooked_vla.analysis.probes_marker import Marker, Metric
 from hooked_vla.extras import needs_analysis_extra
 
 with needs_analysis_extra():
@@ -26,11 +27,10 @@ with needs_analysis_extra():
     from sklearn.model_selection import GroupKFold
 
 Kind = Literal["ridge", "logistic"]
-Metric = Literal["r2", "accuracy", "auc"]
 Fold = tuple[np.ndarray, np.ndarray]
 # strengths of ridge regression's penalty on standardised columns, of which generalised cross-validation chooses
 ALPHAS = tuple(10.0**power for power in range(-1, 6))
-_N_RESAMPLES = 1000
+_MOST_DRAWS = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +194,7 @@ def score_probe(
         probe = fit_probe(x[train], y[train], kind, c)
         found = probe.outputs(x[test])[:, 0] if chosen == "auc" else probe.predict(x[test])
         predictions[test] = found.reshape(predictions[test].shape)
-    marker = _Marker(chosen, y, predictions, groups, within)
+    marker = Marker(chosen, y, predictions, groups, within)
     low, high = marker.interval(seed)
     return ProbeScore(
         chosen, marker.score, low, high, marker.chance, len(y), marker.n, len(folds), predictions
@@ -223,14 +223,16 @@ def score_with_controls(
     """
     options: Any = {"kind": kind, "metric": metric, "n_folds": n_folds, "within": within, "c": c, "seed": seed}
     probe = score_probe(x, y, groups, **options)
+    folds = grouped_folds(groups, n_folds)
     drawn = [
-        score_probe(x, shuffle_labels(y, seed + i, units), groups, **options).score for i in range(max(n_shuffles, 1))
+        score_probe(x, _learnable(y, folds, kind, (seed, i), units), groups, **options).score
+        for i in range(max(n_shuffles, 1))
     ]
     scored = {name: score_probe(other, y, groups, **options) for name, other in (baselines or {}).items()}
     return Controlled(probe, float(np.mean(drawn)), float(np.max(drawn)), scored)
 
 
-def shuffle_labels(y: ArrayLike, seed: int, units: Sequence[Hashable] | None = None) -> np.ndarray:
+def shuffle_labels(y: ArrayLike, seed: int | Sequence[int], units: Sequence[Hashable] | None = None) -> np.ndarray:
     """The labels in another order. units: rows that keep one label in common (episodes, for what holds of a whole
     episode): then whole units change labels, and what is shuffled is as smooth in time as what is not.
 
@@ -248,6 +250,19 @@ def shuffle_labels(y: ArrayLike, seed: int, units: Sequence[Hashable] | None = N
         at = int(np.argmax(np.atleast_1d(y != y[firsts][number]).reshape(len(y), -1).any(1)))
         raise ValueError(f"unit {units[at]!r} has several labels: units share one label, else shuffle rows")
     return y[firsts[rng.permutation(len(names))]][number]
+
+
+def _learnable(
+    y: ArrayLike, folds: Sequence[Fold], kind: Kind, seed: tuple[int, int], units: Sequence[Hashable] | None
+) -> np.ndarray:
+    """Shuffled labels of which every fold can learn all classes, as it can of the true ones: drawn again until so."""
+    tries = (shuffle_labels(y, (*seed, attempt), units) for attempt in range(_MOST_DRAWS))
+    learnable = (
+        labels
+        for labels in tries
+        if kind == "ridge" or all(set(labels[test]) <= set(labels[train]) for train, test in folds)
+    )
+    return next(learnable, shuffle_labels(y, seed, units))
 
 
 def metadata_features(columns: Mapping[str, ArrayLike]) -> Float64[np.ndarray, "n d"]:
@@ -271,87 +286,6 @@ def metadata_features(columns: Mapping[str, ArrayLike]) -> Float64[np.ndarray, "
     if not parts:
         raise ValueError("metadata needs at least one column")
     return np.concatenate([part.astype(np.float64) for part in parts], axis=1)
-
-
-class _Marker:
-    """Scores predictions on any choice of groups: groups weigh as often as they were chosen.
-
-    Every metric is a ratio of sums over groups, [group output] or, for pairs of rows, [group group].
-    """
-
-    def __init__(
-        self,
-        metric: Metric,
-        y: np.ndarray,
-        predictions: np.ndarray,
-        groups: Sequence[Hashable],
-        within: Sequence[Hashable] | None,
-    ) -> None:
-        self.metric, self.y = metric, y
-        names = {name: i for i, name in enumerate(dict.fromkeys(groups))}
-        self.number, self.n = np.array([names[each] for each in groups]), len(names)
-        if metric == "r2":
-            targets, found = y.reshape(len(y), -1), predictions.reshape(len(y), -1)
-            self.above = self._sums(np.square(targets - found))
-            self.below = self._sums(np.square(targets - _means(targets, within)))
-            if flat := np.flatnonzero(self.below.sum(0) == 0).tolist():
-                raise ValueError(f"outputs {flat} do not vary" + (" within the groups" if within is not None else ""))
-        elif metric == "accuracy":
-            self.above = self._sums(np.array(predictions == y, np.float64)[:, None])
-            self.below = self._sums(np.ones((len(y), 1)))
-        else:
-            self._count_pairs(y == np.unique(y)[1], predictions)
-
-    def _sums(self, values: np.ndarray) -> np.ndarray:
-        sums = np.zeros((self.n, values.shape[1]))
-        np.add.at(sums, self.number, values)
-        return sums
-
-    def _count_pairs(self, second: np.ndarray, scores: np.ndarray) -> None:
-        """above: how often a row of the second class in group i outscores one of the first in group j, ties half."""
-        self.above = np.zeros((self.n, self.n))
-        for j in range(self.n):
-            others = np.sort(scores[(self.number == j) & ~second])
-            wins = (np.searchsorted(others, scores, "left") + np.searchsorted(others, scores, "right")) / 2
-            self.above[:, j] = self._sums(np.where(second, wins, 0.0)[:, None])[:, 0]
-        counts = self._sums(np.stack([second, ~second], 1).astype(np.float64))
-        self.below = np.outer(counts[:, 0], counts[:, 1])
-
-    def scores(self, times: Float64[np.ndarray, "draw group"]) -> Float64[np.ndarray, " draw"]:
-        """NaN where what was chosen has no score: one class, or no spread."""
-        with np.errstate(invalid="ignore", divide="ignore"):
-            if self.metric == "auc":
-                pairs = (np.einsum("rg,gh,rh->r", times, each, times) for each in (self.above, self.below))
-                return np.divide(*pairs)
-            ratio = (times @ self.above) / (times @ self.below)
-        return (1 - ratio if self.metric == "r2" else ratio).mean(1)
-
-    @property
-    def score(self) -> float:
-        return float(self.scores(np.ones((1, self.n)))[0])
-
-    @property
-    def chance(self) -> float:
-        if self.metric == "accuracy":
-            return float(np.unique(self.y, return_counts=True)[1].max() / len(self.y))
-        return 0.5 if self.metric == "auc" else 0.0
-
-    def interval(self, seed: int) -> tuple[float, float]:
-        """95 % by resampling whole groups; resamples without a score are left out."""
-        drawn = np.random.default_rng(seed).multinomial(self.n, np.full(self.n, 1 / self.n), size=_N_RESAMPLES)
-        low, high = np.nanquantile(self.scores(drawn.astype(np.float64)), [0.025, 0.975])
-        return float(low), float(high)
-
-
-def _means(y: np.ndarray, within: Sequence[Hashable] | None) -> np.ndarray:
-    """The mean that each row is compared with."""
-    if within is None:
-        return y.mean(0, keepdims=True)
-    names = list(dict.fromkeys(within))
-    number = np.array([names.index(each) for each in within])
-    sums = np.zeros((len(names), y.shape[1]))
-    np.add.at(sums, number, y)
-    return (sums / np.bincount(number)[:, None])[number]
 
 
 def _fit_logistic(x: np.ndarray, y: np.ndarray, c: float) -> LogisticRegression:

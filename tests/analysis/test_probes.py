@@ -102,6 +102,15 @@ def test_shuffled_labels_score_chance() -> None:
     assert numbers.probe.score > 0.99 and numbers.shuffled < 0.05
 
 
+def test_shuffled_labels_stay_learnable_where_classes_are_few() -> None:
+    """Of twelve groups with three labels each, many shuffles leave all of a class to one fold."""
+    labels = np.repeat(np.array(["a", "b", "c", "d"]), 3)
+    x = np.random.default_rng(0).normal(size=(12, 3))
+    for seed in range(10):
+        found = score_with_controls(x, labels, list(range(12)), "logistic", n_shuffles=4, n_folds=2, seed=seed)
+        assert 0 <= found.shuffled <= found.shuffled_high <= 1
+
+
 def test_shuffling_by_unit_keeps_units_whole() -> None:
     labels = np.repeat(["a", "b", "c", "d"], 5)
     units = np.repeat(np.arange(4), 5).tolist()

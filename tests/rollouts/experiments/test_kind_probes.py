@@ -82,7 +82,7 @@ def test_removals_are_chosen_by_what_they_change_beyond_random() -> None:
 
 def test_a_small_run_ends_in_a_report(tmp_path: Path) -> None:
     small = {
-        "episodes": 12, "removal_episodes": 1, "n_folds": 2, "n_shuffles": 1, "max_steps": 4,
+        "episodes": 12, "removal_episodes": 1, "n_folds": 2, "n_shuffles": 1, "max_steps": 8,
         "sites": ["vlm.blocks.0.hook_resid_post", "expert.blocks.0.hook_resid_post"],
     }  # fmt: skip
     experiment = replace(find_experiment("E14"), settings=small, quick={})
