@@ -74,7 +74,15 @@ def green(ops: Sequence[str], quick: bool, device: str = "cpu", folder: Path = T
         verdicts = Path(temporary) / "tests.xml"
         # as users call the ops: without the runtime shape checks that pytest's own options switch on
         plain = ["--override-ini=addopts=", "--confcutdir", str(folder), "-p", "no:cacheprovider"]
-        command = [sys.executable, "-m", "pytest", "-q", *plain, f"--junit-xml={verdicts}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--continue-on-collection-errors",
+            *plain,
+            f"--junit-xml={verdicts}",
+        ]
         if quick:
             command += ["-k", " and ".join(f"not {each}" for each in NOT_NUMBERS)]
         else:

@@ -28,6 +28,8 @@ def test_replay_is_flagged_and_dead_ends_change_nothing(done) -> None:
     assert {site for site, label in labels.items() if label == "dead end"} == {"vlm.blocks.3.hook_resid_post"}
     for site in replay:
         assert rows[site]["identical"] == 1 and rows[site]["cosine"] == pytest.approx(1, abs=1e-6)
+    # of the language model's stream, only its first place has all that the prompt leads to
+    assert {site for site, row in rows.items() if row["cuts_prompt"]} == replay
     nothing, dead = rows[kind.NONE], rows["vlm.blocks.3.hook_resid_post"]
     assert nothing["cosine"] == dead["cosine"] < 0.99 and nothing["identical"] == 0
     assert outcome.tables["reach"]["agrees"].all()
@@ -66,7 +68,7 @@ def table(**cosines: float) -> pd.DataFrame:
         for site, cosine in cosines.items()
     ]
     rows.append({"site": "end", "cosine": 0.2, "label": "dead end"})
-    return pd.DataFrame([{"donor": "own", "null": "empty", **row} for row in rows])
+    return pd.DataFrame([{"donor": "own", "null": "empty", "cuts_prompt": row["site"] in "ab", **row} for row in rows])
 
 
 def test_rules_are_judged_from_the_table(tmp_path: Path) -> None:
@@ -77,7 +79,7 @@ def test_rules_are_judged_from_the_table(tmp_path: Path) -> None:
     assert missed.holds is False and "1 of 2 sites" in missed.measured and "b 0.900" in missed.measured
     assert kind._flagged(made, settings, table(a=1.0, b=0.9)).holds
     open_site = kind._flagged(made, settings, table(a=1.0, b=0.995))
-    assert open_site.holds is False and "not replay: b" in open_site.measured
+    assert open_site.holds is False and "not replay: b; 1 of these cut every path" in open_site.measured
     assert kind._flagged(made, settings, table(a=0.5)).holds is None
     assert kind._goes_to_the_old_place(made, None).holds is None
     moved = pd.DataFrame([

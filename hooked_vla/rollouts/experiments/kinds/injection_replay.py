@@ -31,6 +31,7 @@ from hooked_vla.rollouts.experiments.kinds.injection_moved import (
 )
 from hooked_vla.rollouts.experiments.kinds.injection_runs import (
     Recorded,
+    Starts,
     fillers,
     gate,
     likeness,
@@ -144,15 +145,19 @@ def _unrelated(name: str) -> str:
 def _reach(
     context: Context, settings: Settings, source: Recorded, groups: Mapping[str, list[str]], told: Mapping[str, Told]
 ) -> pd.DataFrame:
-    """For every group and null prompt: what names tell of it, and what running two observations shows."""
+    """For every group and null prompt: what names tell of it, and what running two observations shows; cuts_prompt: two
+    that differ in the prompt alone, the null one and the own, lead to the same actions."""
     episode, rows = source.sources[0].episode, []
     for null, each in told.items():
         text = each.text if isinstance(each.text, str) else (each.text or {})[source.scenes[0]]
         starts = starts_of(context, settings.suite, settings.episodes, text)
+        own = starts_of(context, settings.suite, 1)
+        prompts = Starts(starts.first, own.first, starts.seed)
         for name, sites in groups.items():
             found = reach_of(context, source, episode, Injection(sites, HOLD), starts)
+            only_prompt = reach_of(context, source, episode, Injection(sites, HOLD), prompts)
             rows.append({"null": null, "site": name, "cut_set": found.cut or "", "dead_end_by_name": found.dead_end,
-                         "label": found.label, "agrees": found.agrees})  # fmt: skip
+                         "label": found.label, "cuts_prompt": only_prompt.replays, "agrees": found.agrees})  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -164,16 +169,20 @@ def _compare(
     layout, normalize = layout_of(settings.suite), action_normalizer(context.model)
     own, unrelated = (choose(source.sources, source.scenes) for choose in (same_scene, cross_task))
     labels = {(row["null"], row["site"]): row["label"] for row in records(reach)}
+    cuts = {(row["null"], row["site"]): bool(row["cuts_prompt"]) for row in records(reach)}
     rows = []
     for null in settings.nulls:
         for name in (NONE, *groups):
             found = likeness(main, f"{null}: {name}", source, own, layout, normalize)
-            rows.append({"donor": "own", "null": null, "site": name, "label": labels.get((null, name), ""), **found})
+            at = (null, name)
+            rows.append({"donor": "own", "null": null, "site": name, "label": labels.get(at, ""),
+                         "cuts_prompt": cuts.get(at, False), **found})  # fmt: skip
     for name, sites in groups.items():
         if len(sites) > 1:
             found = likeness(main, _unrelated(name), source, unrelated, layout, normalize)
             null = settings.nulls[0]
-            rows.append({"donor": "unrelated", "null": null, "site": name, "label": labels[null, name], **found})
+            rows.append({"donor": "unrelated", "null": null, "site": name, "label": labels[null, name],
+                         "cuts_prompt": cuts[null, name], **found})  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -254,12 +263,15 @@ def _flagged(context: Context, settings: Settings, table: pd.DataFrame) -> Verdi
             and row["site"] != NONE and row["cosine"] >= limit]  # fmt: skip
     if not rows:
         return Verdict("flagged", None, "no injection brings the episode back: there is nothing to flag")
-    replay = [row["site"] for row in rows if row["label"] == REPLAY]
-    others = ", ".join(row["site"] for row in rows if row["label"] != REPLAY) or "none"
+    others = [row for row in rows if row["label"] != REPLAY]
+    named = ", ".join(row["site"] for row in others) or "none"
+    cut = sum(bool(row["cuts_prompt"]) for row in others)
     return Verdict(
-        "flagged", len(replay) == len(rows),
-        f"{len(replay)} of {len(rows)} injections that bring it back are replay; not replay: {others}",
-    )  # fmt: skip
+        "flagged",
+        not others,
+        f"{len(rows) - len(others)} of {len(rows)} injections that bring it back are replay; not replay: {named}"
+        + (f"; {cut} of these cut every path from the prompt, and all else is the donor's own here" if others else ""),
+    )
 
 
 def _replays_unrelated(context: Context, table: pd.DataFrame) -> Verdict:
@@ -317,10 +329,13 @@ def _labels(table: pd.DataFrame) -> list[str]:
             found.setdefault((row["label"], row["site"]), []).append(row["null"])
     nulls = {row["null"] for row in records(table)}
     named = {key: "" if set(each) == nulls else f" ({' and '.join(each)} prompt only)" for key, each in found.items()}
+    cut = sorted({row["site"] for row in records(table) if row["cuts_prompt"] and row["label"] not in meaning})
+    prompts = [f"prompt cut (prompts alone make no difference, but what else is seen does; here that is the donor's "
+               f"own, so its episode comes back): {', '.join(cut)}"]  # fmt: skip
     return [
         f"{label} ({text}): " + ", ".join(f"{site}{said}" for (each, site), said in named.items() if each == label)
         for label, text in meaning.items() if any(each == label for each, _ in named)
-    ]  # fmt: skip
+    ] + (prompts if cut else [])  # fmt: skip
 
 
 def _notes(settings: Settings, table: pd.DataFrame, moved: pd.DataFrame | None) -> list[str]:
