@@ -40,6 +40,8 @@ EQUAL = 1e-9
 MOST_CPU_OPERATIONS = 80e9
 ROUNDS = {"cpu": 7, "cuda": 30}
 QUICK_ROUNDS = 3
+# some ops take less time than a clock and cold caches blur
+TURN_S = 0.03
 TARGET_SHAPE = {"n": 256, "d": 1024, "m": 32768}
 # ours / eager idiom, on a CPU at the target's shape; on a GPU a top-k splice at any
 CPU_LIMITS = {"delta_splice": 1 / 100, "sae_splice": 1 / 2.5, "lowrank_edit": 1 / 4}
@@ -190,7 +192,7 @@ def time_case(case: Case, shape: Shape, rounds: int, quick: bool) -> tuple[list[
     with torch.no_grad():
         if shape.device == "cpu":
             calls = {name: lambda run=run: run(inputs) for name, run in variants.items()}
-            times = in_turns(calls, rounds, 1, label)
+            times = in_turns(calls, rounds, 2, label, TURN_S)
         else:
             size = sum(each.numel() * each.element_size() for each in inputs.values() if isinstance(each, Tensor))
             sets = [inputs, *(case.make(shape, generator) for _ in range(gpu_clock.sets_needed(size) - 1))]

@@ -60,11 +60,18 @@ def clock() -> tuple[str, Callable[[], float]]:
     return ("processor", time.process_time) if torch.get_num_threads() == 1 else ("wall", time.perf_counter)
 
 
-def in_turns(variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int, label: str) -> Times:
-    """Seconds of every call, its result freed: name -> one time per round. Each round starts with another variant."""
+def in_turns(
+    variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int, label: str, turn_s: float = 0.0
+) -> Times:
+    """Seconds of every call, its result freed: name -> one time per round. Each round starts with another variant.
+
+    turn_s: a variant that is faster is called again and again for that long in each of its turns, and the time is the
+    mean of these calls; how often, the last round of the warm-up tells, which must then be there.
+    """
     _, now = clock()
     names = list(variants)
     times: dict[str, list[float]] = {name: [] for name in names}
+    calls = dict.fromkeys(names, 1)
     # what imports and models left behind is not searched for garbage within a timed call
     gc.collect()
     gc.freeze()
@@ -73,10 +80,13 @@ def in_turns(variants: Mapping[str, Callable[[], object]], rounds: int, warmup: 
             gc.collect()
             for name in names[i % len(names) :] + names[: i % len(names)]:
                 start = now()
-                variants[name]()
-                seconds = now() - start
+                for _ in range(calls[name]):
+                    variants[name]()
+                seconds = (now() - start) / calls[name]
                 if i >= 0:
                     times[name].append(seconds)
+                elif i == -1:
+                    calls[name] = max(1, round(turn_s / max(seconds, 1e-6)))
     finally:
         gc.unfreeze()
     return times

@@ -9,6 +9,7 @@ from hooked_vla.kernels.dispatch import use
 from hooked_vla.kernels.rank_count import rank_count
 from hooked_vla.kernels.sae_encode_topk import reference, sae_encode_topk
 
+PATHS = ("reference", "cpu")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -26,12 +27,14 @@ def some(m: int, count: int) -> Tensor:
     return torch.linspace(m - 1, 0, count).round().int()
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(7, 20, 300, 5), (1, 1, 1, 1), (9, 6, 40, 16)])
-def test_is_the_place_in_the_order(dtype: torch.dtype, size: tuple[int, int, int, int]) -> None:
+def test_is_the_place_in_the_order(dtype: torch.dtype, size: tuple[int, int, int, int], path: str) -> None:
     n, d, m, count = size
     given, features = integers(n, d, m, dtype), some(m, count)
-    counts = rank_count(*given, features)
+    with use(path):
+        counts = rank_count(*given, features)
     assert counts.shape == (n, count) and counts.dtype == torch.int32
     order = reference.select(reference.encode(*given), m)[1]
     for token, row in enumerate(counts.tolist()):
@@ -51,10 +54,12 @@ def test_below_k_is_among_the_top_k(k: int) -> None:
     assert torch.equal(rank_count(x, w_enc, b_enc, features) < k, among)
 
 
-def test_nan_is_the_largest() -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_nan_is_the_largest(path: str) -> None:
     x, w_enc, b_enc = integers(4, 12, 50, torch.float32)
     b_enc[[3, 30]] = torch.nan
-    counts = rank_count(x, w_enc, b_enc, torch.tensor([30, 3, 2], dtype=torch.int32), validate=False)
+    with use(path):
+        counts = rank_count(x, w_enc, b_enc, torch.tensor([30, 3, 2], dtype=torch.int32), validate=False)
     assert (counts[:, 0] == 1).all() and (counts[:, 1] == 0).all() and (counts[:, 2] >= 2).all()
 
 

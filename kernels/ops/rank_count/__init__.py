@@ -17,8 +17,7 @@ from hooked_vla.kernels.sae_encode_topk import check_encoder
 MAX_FEATURES = 16
 
 
-# on a CPU the reference: all of z is needed whichever way it is counted, and sae_encode_topk answers the same question
-PATHS = paths_of(__name__, "rank_count", ("reference", "fused"))
+PATHS = paths_of(__name__, "rank_count")
 
 
 @torch.library.custom_op("hooked_vla::rank_count", mutates_args=())
