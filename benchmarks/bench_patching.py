@@ -42,10 +42,9 @@ def scene(model: HookedVLA, seed: int, instruction: str) -> VLAInputs:
 
 
 def residuals(model: HookedVLA) -> list[str]:
-    """The residual sites of prefix and expert."""
+    """All residual sites: of the vision tower, the prefix and the expert."""
     leaves = {glob.removeprefix("*.") for glob in RESIDUALS}
-    ways = ("vlm.", "expert.")
-    return [name for name in model.points if name.startswith(ways) and name.rpartition(".")[2] in leaves]
+    return [name for name in model.points if name.rpartition(".")[2] in leaves]
 
 
 def sweep_by_hand(
@@ -117,7 +116,7 @@ def main(
     rounds: Annotated[int | None, typer.Option(help="of every variant")] = None,
     batch_rows: Annotated[int, typer.Option(help="rows of a forward pass")] = 32,
 ) -> None:
-    """Measure patching sweeps over all residual sites of prefix and expert."""
+    """Measure patching sweeps over all residual sites."""
     torch.set_num_threads(threads)
     console = Console()
     rows: list[Row] = []

@@ -20,7 +20,6 @@ def test_quick_run_writes_every_ratio(tmp_path: Path) -> None:
     assert size["cells"] > 50 and size["max_effect_difference"] < 1e-3
     ratios = {row["variant"]: row["ratio"] for row in result["rows"]}
     assert set(ratios) == {"rows of a batch", "rows of a batch, resumed"}
-    # batching alone saves most; a loaded machine does not make three times as fast one forward pass a cell
-    assert all(0 < ratio < 0.5 for ratio in ratios.values())
+    assert all(0 < ratio < 1 / 3 for ratio in ratios.values())
     (target,) = result["targets"]
     assert target["limit"] == round(1 / 3, 4) and target["met"] == (target["ratio"] <= 1 / 3)
