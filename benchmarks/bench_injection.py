@@ -26,9 +26,9 @@ from hooked_vla.rollouts.settings import Options
 from hooked_vla.rollouts.suites import get_suite
 from hooked_vla.rollouts.sweep import make_plan, run_rollouts
 
-# the limit: an injected rollout against the uninjected one
+# an injected rollout against the uninjected one
 LIMIT = 1.15
-MODELS = ("smolvla-tabletop", "xvla-tabletop")
+MODELS = ("smolvla-tabletop", "pi05-tabletop", "xvla-tabletop")
 SUITE, SEED = "goal", 700_000
 PLAIN = "no injection"
 
@@ -73,13 +73,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="models that act in the tabletop")
     parser.add_argument("--quick", action="store_true", help="the first model only, few rounds")
-    parser.add_argument("--rounds", type=int, help="calls of each variant (default 9, quick 3)")
+    parser.add_argument("--rounds", type=int, help="calls of each variant (default 5, quick 3)")
     parser.add_argument("--episodes", type=int, default=8, help="side by side in one batch")
     parser.add_argument("--json", type=Path, default=RESULTS / "bench_injection_cpu.json", help="where the result goes")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rounds = options.rounds or (3 if options.quick else 9)
+    rounds = options.rounds or (3 if options.quick else 5)
     rows, recorded = [], {}
     for name in options.models[:1] if options.quick else options.models:
         with tempfile.TemporaryDirectory() as folder:
