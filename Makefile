@@ -30,7 +30,7 @@ test: install
 $(SIMS)/.installed: pyproject.toml constraints.txt tests/sims/constraints.txt
 	$(PYTHON) -m venv $(SIMS)
 	grep -v '^mujoco==' constraints.txt | cat - tests/sims/constraints.txt > $(SIMS)/constraints.txt
-	$(SIMS)/bin/python $(PIP_INSTALL) -c $(SIMS)/constraints.txt -e ".[sim,dev,aloha,metaworld,pusht]"
+	$(SIMS)/bin/python $(PIP_INSTALL) -c $(SIMS)/constraints.txt -e ".[analysis,dev,aloha,metaworld,pusht]"
 	touch $@
 
 # Real episodes of MetaWorld, ALOHA and PushT.
@@ -39,7 +39,7 @@ test-sims: $(SIMS)/.installed
 
 $(LIBERO)/.installed: pyproject.toml constraints.txt tests/sims/constraints.txt
 	$(PYTHON) -m venv $(LIBERO)
-	$(LIBERO)/bin/python $(PIP_INSTALL) -c constraints.txt -c tests/sims/constraints.txt -e ".[sim,dev,libero]"
+	$(LIBERO)/bin/python $(PIP_INSTALL) -c constraints.txt -c tests/sims/constraints.txt -e ".[analysis,dev,libero]"
 	$(LIBERO)/bin/python $(PIP_INSTALL) --no-deps hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1
 	touch $@
 

@@ -38,12 +38,13 @@ WRITES = ("hook_attn_out", "hook_mlp_out", "hook_cross_attn_out")
 @dataclass(frozen=True)
 class Agreement:
     """An estimate against exact patching, over cells and pairs. pearson, spearman: correlations of the effects.
-    top_overlap: share of the `top` cells with the largest exact effects (by magnitude) that are among the estimate's.
-    n: how many were compared."""
+    top_overlap: share of the `top` cells with the largest exact effects (by magnitude) that are among the estimate's;
+    missed: how many of them are in the lower half of the estimate's: its false negatives. n: how many were compared."""
 
     pearson: float
     spearman: float
     top_overlap: float
+    missed: int
     top: int
     n: int
 
@@ -180,11 +181,13 @@ def agreement(exact: PatchingResult, estimate: PatchingResult, top: int = 10) ->
         )
     first, second = (np.array([each[cell] for cell in cells]) for each in both)
     top = min(top, len(cells))
-    largest = [set(np.argsort(-np.abs(each), kind="stable")[:top].tolist()) for each in (first, second)]
+    order = [np.argsort(-np.abs(each), kind="stable").tolist() for each in (first, second)]
+    largest = [set(each[:top]) for each in order]
     return Agreement(
         pearson=_correlation(first, second),
         spearman=_correlation(rankdata(first), rankdata(second)),
         top_overlap=len(largest[0] & largest[1]) / top,
+        missed=len(largest[0] & set(order[1][-(len(cells) // 2) :])),
         top=top,
         n=len(cells),
     )

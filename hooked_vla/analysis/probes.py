@@ -10,7 +10,7 @@ Ridge regression and logistic regression are scikit-learn's; it needs the `analy
 
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -78,7 +78,7 @@ class ProbeScore:
 
     score, with low and high, its 95 % interval by a bootstrap of whole groups. chance: the score of the constant that
     fits best: 0 (r2), 0.5 (auc), the share of the commonest class (accuracy). predictions: each row's, by the probe
-    that had not seen its group; of `auc`, the score of the second class.
+    that had not seen its group; of `auc`, the score of the second class. marker: what scores any choice of groups.
     """
 
     metric: Metric
@@ -90,17 +90,27 @@ class ProbeScore:
     n_groups: int
     n_folds: int
     predictions: np.ndarray
+    marker: Marker = field(repr=False)
 
 
 @dataclass(frozen=True, eq=False)
 class Controlled:
-    """A probe's score beside its controls. shuffled: the mean score on shuffled labels, over draws; baselines: scores
-    on other features of the same rows, by name."""
+    """A probe's score beside its controls. shuffles: scores on shuffled labels, one a draw; baselines: scores on other
+    features of the same rows, by name."""
 
     probe: ProbeScore
-    shuffled: float
-    shuffled_high: float
+    shuffles: tuple[ProbeScore, ...]
     baselines: Mapping[str, ProbeScore]
+
+    @property
+    def shuffled(self) -> float:
+        """Mean score on shuffled labels."""
+        return float(np.mean([each.score for each in self.shuffles]))
+
+    @property
+    def shuffled_high(self) -> float:
+        """Largest score on shuffled labels."""
+        return float(np.max([each.score for each in self.shuffles]))
 
     @property
     def selectivity(self) -> float:
@@ -111,6 +121,13 @@ class Controlled:
     def margin(self) -> float:
         """Score minus the best control's, shuffled labels included."""
         return self.probe.score - max([self.shuffled, *(each.score for each in self.baselines.values())])
+
+    def margins(self, times: Float64[np.ndarray, "draw group"]) -> Float64[np.ndarray, " draw"]:
+        """The margin on choices of groups, each counted so many times (`probe.marker.names` is their order): the score
+        there minus the largest of the controls' there. NaN where one of them has no score on a choice."""
+        shuffled = np.mean([each.marker.scores(times) for each in self.shuffles], axis=0)
+        controls = [shuffled, *(each.marker.scores(times) for each in self.baselines.values())]
+        return self.probe.marker.scores(times) - np.max(controls, axis=0)
 
 
 def grouped_folds(groups: Sequence[Hashable], n_folds: int | None = None) -> list[Fold]:
@@ -197,7 +214,7 @@ def score_probe(
     marker = Marker(chosen, y, predictions, groups, within)
     low, high = marker.interval(seed)
     return ProbeScore(
-        chosen, marker.score, low, high, marker.chance, len(y), marker.n, len(folds), predictions
+        chosen, marker.score, low, high, marker.chance, len(y), marker.n, len(folds), predictions, marker
     )  # fmt: skip
 
 
@@ -225,11 +242,11 @@ def score_with_controls(
     probe = score_probe(x, y, groups, **options)
     folds = grouped_folds(groups, n_folds)
     drawn = [
-        score_probe(x, _learnable(y, folds, kind, (seed, i), units), groups, **options).score
+        score_probe(x, _learnable(y, folds, kind, (seed, i), units), groups, **options)
         for i in range(max(n_shuffles, 1))
     ]
     scored = {name: score_probe(other, y, groups, **options) for name, other in (baselines or {}).items()}
-    return Controlled(probe, float(np.mean(drawn)), float(np.max(drawn)), scored)
+    return Controlled(probe, tuple(drawn), scored)
 
 
 def shuffle_labels(y: ArrayLike, seed: int | Sequence[int], units: Sequence[Hashable] | None = None) -> np.ndarray:

@@ -26,7 +26,8 @@ class Marker:
     ) -> None:
         self.metric, self.y = metric, y
         names = {name: i for i, name in enumerate(dict.fromkeys(groups))}
-        self.number, self.n = np.array([names[each] for each in groups]), len(names)
+        self.names, self.n = tuple(names), len(names)
+        self.number = np.array([names[each] for each in groups])
         if metric == "r2":
             targets, found = y.reshape(len(y), -1), predictions.reshape(len(y), -1)
             self.above = self._sums(np.square(targets - found))

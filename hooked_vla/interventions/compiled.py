@@ -93,6 +93,11 @@ class Compiled:
         return InductorRun(self._sample, self.mode == "exact", attached)
 
     @property
+    def n_fallbacks(self) -> int:
+        """How many of the compilations that are kept had to do without fusion, to have eager's bits."""
+        return sum(run.is_unfused for run in self._runs.values())
+
+    @property
     def n_compilations(self) -> int:
         """How often something was compiled, or captured, since the model is compiled."""
         return self._forgotten + sum(run.n_compilations for run in self._runs.values())
@@ -108,7 +113,7 @@ class InductorRun:
     def __init__(self, sample: Sample, exact: bool, kept: object) -> None:
         self.sample, self.kept, self.n_compilations = sample, kept, 0
         self._left = [exact_options, unfused_options] if exact else [fused_options]
-        self._is_checked = not exact
+        self._is_checked, self.is_unfused = not exact, False
         self._compile()
 
     def _compile(self) -> None:
@@ -125,6 +130,7 @@ class InductorRun:
             if not self._left:
                 raise RuntimeError("the compiled model computes other bits than the model")
             logger.warning("what Inductor fused changes bits: compiling again without fusion")
+            self.is_unfused = True
             self._compile()
             torch.set_rng_state(before)
         self._is_checked = True
@@ -132,12 +138,19 @@ class InductorRun:
 
     def _run(self, inputs: ModelInputs, draws: Any) -> Tensor:
         from torch._dynamo import config
+        from torch._dynamo.exc import Unsupported, UserError
         from torch._dynamo.utils import counters
 
         before = counters["stats"]["unique_graphs"]
         # every entry has graphs of its own, and all of them belong to one function
         with config.patch(recompile_limit=4 * LIMIT, accumulated_recompile_limit=1024):
-            actions = self._compiled(inputs, draws)
+            try:
+                actions = self._compiled(inputs, draws)
+            except (UserError, Unsupported) as error:
+                raise RuntimeError(
+                    "this model does not compile as one graph: what it computes next depends on what it has computed, "
+                    f"as where it generates tokens until one of them is the last; run it uncompiled. PyTorch: {error}"
+                ) from error
         self.n_compilations += counters["stats"]["unique_graphs"] - before
         return actions
 
@@ -149,7 +162,7 @@ def _same_bits(first: Tensor, second: Tensor) -> bool:
 class CapturedGraph:
     """One CUDA graph: `sample` on inputs of fixed shapes, replayed after copying new ones into place."""
 
-    n_compilations = 1
+    n_compilations, is_unfused = 1, False
 
     def __init__(self, sample: Sample, inputs: ModelInputs, draws: Any, kept: object) -> None:
         """draws: every random draw, or None for fresh ones at every replay. kept: what must live as long as the graph.

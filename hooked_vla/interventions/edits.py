@@ -14,7 +14,8 @@ Edits at one point act in the order of the list, each on what the ones before it
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from math import isfinite, isnan
-from typing import ClassVar, TypeVar
+from numbers import Real
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
@@ -34,6 +35,13 @@ VALUES, NUMBER, TABLE, SCALAR_OR_VALUES, SAE, WINDOWS = (
     "windows",
 )
 KINDS = ("zero", "mean", "resample")
+
+
+def as_number(given: Any) -> float | None:
+    """A number of Python's or NumPy's, or a tensor without axes, as a float; None for anything else, and for True."""
+    if getattr(given, "ndim", None) == 0 and hasattr(given, "item"):
+        given = given.item()
+    return float(given) if isinstance(given, Real) and not isinstance(given, bool) else None
 
 
 @dataclass(frozen=True)
@@ -81,9 +89,10 @@ class Edit:
             if each.metadata.get("as") == VALUES and given is not None:
                 object.__setattr__(self, each.name, Values(given, each.metadata["what"]))
             if each.metadata.get("as") == NUMBER and given is not None:
-                if isinstance(given, bool) or not isinstance(given, int | float) or isnan(given):
+                number = as_number(given)
+                if number is None or isnan(number):
                     raise ValueError(f"{each.name} must be a number, got {given!r}")
-                object.__setattr__(self, each.name, float(given))
+                object.__setattr__(self, each.name, number)
 
     @property
     def where(self) -> Where:
@@ -286,11 +295,12 @@ class Overwrite(_Elementwise):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.value, int | float) and not isinstance(self.value, bool):
-            if isnan(self.value):
+        number = as_number(self.value)
+        if number is not None:
+            if isnan(number):
                 raise ValueError("value must be a number, got NaN")
             # minus infinity hides an attention score
-            object.__setattr__(self, "value", float(self.value))
+            object.__setattr__(self, "value", number)
         else:
             object.__setattr__(self, "value", Values(self.value, "value"))
 

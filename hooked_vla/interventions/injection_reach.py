@@ -14,7 +14,7 @@ from hooked_vla.hooks.model import HookedModel
 from hooked_vla.interventions.injection import Donor, Injection, Injector
 from hooked_vla.interventions.reach import cut_set
 
-REPLAY, DEAD_END, OPEN = "replay", "dead end", "open"
+REPLAY, CUT_SET, DEAD_END, OPEN = "replay", "cut set", "dead end", "open"
 
 
 @dataclass(frozen=True)
@@ -23,18 +23,24 @@ class Reach:
 
     cut: what it replaces, of which alone the actions are made, as names tell; None: not known to. dead_end: no action
     depends on what it replaces, as names tell. replays: two observations led to the same actions under it, bit for bit.
-    inert: actions were those without it, bit for bit, at both.
+    inert: actions were those without it, bit for bit, at both. cuts_prompt: so they were of two observations that
+    differ in the prompt alone; None: that was not tried.
     """
 
     cut: str | None
     dead_end: bool
     replays: bool
     inert: bool
+    cuts_prompt: bool | None = None
 
     @property
     def label(self) -> str:
-        """What running shows: "replay", "dead end", or "open" where the observation and the donor both count."""
-        return REPLAY if self.replays else DEAD_END if self.inert else OPEN
+        """What running shows: "replay", where nothing but the donor counts; "cut set", where nothing that is seen does,
+        but the prompt does: masks, which no injection reaches, tell how long it is; "dead end"; or "open", where both
+        observation and donor count."""
+        if self.replays:
+            return CUT_SET if self.cuts_prompt is False else REPLAY
+        return DEAD_END if self.inert else OPEN
 
     @property
     def agrees(self) -> bool:
@@ -44,12 +50,20 @@ class Reach:
 
 @torch.no_grad()
 def find_reach(
-    model: Any, injection: Injection, donor: Donor, first: Any, second: Any, noise: Any, env_step: int
+    model: Any,
+    injection: Injection,
+    donor: Donor,
+    first: Any,
+    second: Any,
+    noise: Any,
+    env_step: int,
+    prompted: Any = None,
 ) -> Reach:
     """What an injection from `donor` at an environment step can show.
 
     model: a HookedVLA; first, second: observations of one row that differ in images, state and instruction, but not in
-    how many tokens the instruction has, and neither of which is the donor's own; noise: for all runs.
+    how many tokens the instruction has, and neither of which is the donor's own; noise: for all runs. prompted: the
+    first one with another prompt, of another length where masks shall be tried too; None: prompts are not tried.
     Raises ValueError where the two lead to the same actions without injection, or the injection does not act at
     env_step: nothing could be told.
     """
@@ -64,6 +78,7 @@ def find_reach(
         clock.env_step = env_step
         with model.hooks(Injector(injection, [donor]).requests()):
             injected = [model(obs, noise).normalized for obs in (first, second)]
+            other = None if prompted is None else model(prompted, noise).normalized
     finally:
         clock.env_step = before
     return Reach(
@@ -71,6 +86,7 @@ def find_reach(
         dead_end=is_dead_end(model, sites),
         replays=torch.equal(*injected),
         inert=all(torch.equal(a, b) for a, b in zip(plain, injected, strict=True)),
+        cuts_prompt=None if other is None else torch.equal(injected[0], other),
     )
 
 

@@ -301,7 +301,7 @@ class LowRank(Operator):
         basis = orthonormal(first.basis, self.site, f"{self.labels[0]}: basis").to(self.site.device)
         strengths = [edit.strength for edit in edits if isinstance(edit, ProjectOut | SubspacePatch)]
         strength = torch.tensor(strengths, dtype=torch.float64, device=self.site.device)
-        made = {"a": basis.to(self.site.wide), "alpha": strength.to(self.site.wide), "beta": zeros}
+        made = {"a": basis.to(weights_dtype(self.site)), "alpha": strength.to(self.site.wide), "beta": zeros}
         if isinstance(first, SubspacePatch):
             tables = [
                 source_table(edit.source, self.site, edit.where.denoise, f"{label}: source")
@@ -339,6 +339,15 @@ class LowRank(Operator):
             pair=self.pair, row=self.row, mask=self.flat_mask(),
         )  # fmt: skip
         return y.view(x.shape)
+
+
+def weights_dtype(site: Site) -> torch.dtype:
+    """Of directions that tokens are multiplied with: the wide one, but for tokens that a GPU has bfloat16 products for.
+
+    A basis that is rounded to bfloat16 moves an edit by less than the token's own rounding; what it is multiplied with
+    is not rounded (`kernels.lowrank_edit`).
+    """
+    return torch.bfloat16 if site.device.type == "cuda" and site.dtype == torch.bfloat16 else site.wide
 
 
 def table_shapes(tables: Sequence[Tensor]) -> list[tuple[int, int]]:

@@ -19,6 +19,7 @@ from hooked_vla.hooks.point import HookPoint, SegmentTable
 from hooked_vla.inputs import Segments
 from hooked_vla.interventions.edits import Edit
 from hooked_vla.interventions.where import Where
+from hooked_vla.kernels.checks import wide
 
 _PLACE_AXES = ("seq", "query", "prefix", "chunk")
 _HEAD_AXES = ("n_heads", "n_kv_heads", "n_prefix_heads")
@@ -99,7 +100,7 @@ class Site:
     @property
     def wide(self) -> torch.dtype:
         """What sums are made in."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        return wide(self.dtype)
 
     @property
     def channel_shape(self) -> tuple[Size, ...]:

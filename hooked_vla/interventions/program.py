@@ -144,8 +144,18 @@ class Program:
         x = y = self.site.layout.flatten(value)
         for operator in self.operators:
             if operator.steps is None or step in operator.steps:
-                y = operator(y, step)
+                y = self._run(operator, y, step)
         return value if y is x else self.site.layout.restore(y, value)
+
+    def _run(self, operator: Operator, x: Tensor, step: int | None) -> Tensor:
+        """The edit of x; what a kernel refuses is told as the edit's."""
+        if torch.compiler.is_compiling():
+            return operator(x, step)
+        try:
+            return operator(x, step)
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{', '.join(operator.labels)} at {self.site.name}: {error}") from error
 
     def __repr__(self) -> str:
         return ", ".join(self.labels)

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isfinite, isnan
+from typing import Any
 
-from hooked_vla.interventions.edits import SAE, TABLE, Edit, Number
-from hooked_vla.interventions.where import Places, places
+from hooked_vla.interventions.edits import SAE, TABLE, Edit, Number, as_number
+from hooked_vla.interventions.where import Places, places, whole_numbers
 from hooked_vla.sae.splice import SpliceSAE
 
 POOLS = ("token", "segment")
@@ -53,7 +54,7 @@ class SAEFeatureEdit(Edit):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_sae(self)
-        listed = (self.features,) if isinstance(self.features, int) else tuple(self.features)
+        listed = whole_numbers(self.features, "features")
         places(listed, "features")
         if len(set(listed)) != len(listed):
             raise ValueError(f"features come more than once: {sorted({f for f in listed if listed.count(f) > 1})}")
@@ -65,24 +66,34 @@ class SAEFeatureEdit(Edit):
         for i, (low, high) in enumerate(zip(self.column("low"), self.column("high"), strict=True)):
             if low > high:
                 raise ValueError(f"low must be at most high, got {low:g} and {high:g} for feature {listed[i]}")
+            if low == high and not isfinite(low):
+                raise ValueError(f"low and high must leave a finite number, got {low:g} and {high:g} for {listed[i]}")
 
     def _table(self, name: str) -> float | tuple[float | None, ...] | None:
-        given, bound = getattr(self, name), name in ("low", "high")
-        listed = [given] if given is None or isinstance(given, int | float) else list(given)
-        for each in listed:
-            ok = bound if each is None else isinstance(each, int | float) and not isinstance(each, bool)
-            if not ok or (each is not None and (isnan(each) or not (bound or isfinite(each)))):
-                raise ValueError(f"{name} must be finite numbers{' or None' if bound else ''}, got {each!r}")
-        if given is None or isinstance(given, int | float):
-            return given if given is None else float(given)
+        given: Any = getattr(self, name)
+        if given is None or as_number(given) is not None:
+            return self._checked(name, given)
+        try:
+            listed = [self._checked(name, each) for each in given]
+        except TypeError as error:
+            raise TypeError(f"{name} must be a number or one for each feature, got {given!r}") from error
         if len(listed) != len(self.numbers):
             raise ValueError(f"{name} has {len(listed)} numbers for {len(self.numbers)} features")
-        return tuple(None if each is None else float(each) for each in listed)
+        return tuple(listed)
+
+    def _checked(self, name: str, given: Any) -> float | None:
+        """One number of a table."""
+        bound, number = name in ("low", "high"), as_number(given)
+        if given is None and bound:
+            return None
+        if number is None or isnan(number) or not (bound or isfinite(number)):
+            raise ValueError(f"{name} must be finite numbers{' or None' if bound else ''}, got {given!r}")
+        return number
 
     @property
     def numbers(self) -> tuple[int, ...]:
         """The features' numbers."""
-        return (self.features,) if isinstance(self.features, int) else tuple(self.features)
+        return whole_numbers(self.features, "features")
 
     def column(self, name: str) -> list[float]:
         """scale, shift, low or high, one number for each feature; no bound is an infinite one."""

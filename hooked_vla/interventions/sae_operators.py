@@ -10,7 +10,8 @@ from hooked_vla.interventions.operators import OPERATORS, Made, Masks, Operator,
 from hooked_vla.interventions.places import Scene, Site, segment_numbers
 from hooked_vla.interventions.sae_edits import SAEFeatureEdit, SAEReconstruct
 from hooked_vla.kernels import segment_add, segment_mean, segment_mean_delta
-from hooked_vla.sae.splice import MAX_FEATURES, Rows, Tables, Weights, edit_features, rows_of, splice, weights_of
+from hooked_vla.kernels.delta_splice import MAX_FEATURES
+from hooked_vla.sae.splice import Rows, Tables, Weights, edit_features, rows_of, splice, weights_of
 
 
 class Splice(Operator):
@@ -53,8 +54,17 @@ class Splice(Operator):
             self.weights = weights_of(self.sae, self.dtype, site.device)
         super().__init__(edits, labels, site)
 
+    def load(self, edits: Sequence[Edit]) -> None:
+        before, after = len(features_of(self.edits)), len(features_of(edits))
+        if self.edits and before != after:
+            raise ValueError(
+                f"{', '.join(self.labels)}: features would be {after} in place of {before}, all rows together: make a "
+                "new EditSet"
+            )
+        super().load(edits)
+
     def parameters(self, edits: Sequence[Edit]) -> Made:
-        chosen = list(dict.fromkeys(f for edit in edits if isinstance(edit, SAEFeatureEdit) for f in edit.numbers))
+        chosen = features_of(edits)
         if not chosen:
             return Made({})
         if self.error and not self.by_rows and len(chosen) > MAX_FEATURES:
@@ -118,6 +128,11 @@ class Splice(Operator):
             return edit_features(flat, rows, tables, row, mask)
         assert self.weights is not None
         return splice(flat, self.weights, self.sae.k, self.error, self.features, tables, row, mask)
+
+
+def features_of(edits: Sequence[Edit]) -> list[int]:
+    """Every feature that one of the edits names, once."""
+    return list(dict.fromkeys(f for edit in edits if isinstance(edit, SAEFeatureEdit) for f in edit.numbers))
 
 
 OPERATORS |= {SAEReconstruct: Splice, SAEFeatureEdit: Splice}

@@ -7,9 +7,7 @@ from torch import Tensor
 from hooked_vla.hooks import names as hook_names
 from hooked_vla.interventions.places import Site
 from hooked_vla.interventions.values import Values
-
-# the largest rank that kernels.lowrank_edit takes
-MAX_RANK = 512
+from hooked_vla.kernels.lowrank_edit import MAX_RANK
 
 Table = Float[Tensor, "step row place channel"]
 

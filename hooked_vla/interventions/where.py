@@ -1,9 +1,10 @@
 """Which part of which values an edit changes: what users write in several ways, code reads in one normal form."""
 
 import difflib
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 
 @dataclass(frozen=True, order=True)
@@ -28,7 +29,8 @@ class Window:
 
 
 Names = str | Sequence[str]
-Places = int | Sequence[int]
+# also tensors and NumPy arrays
+Places = SupportsIndex | Iterable[SupportsIndex]
 Steps = int | range | Window | Sequence[int | range | Window]
 
 
@@ -90,14 +92,26 @@ def places(given: Places | None, what: str) -> tuple[int, ...] | None:
     """Raises TypeError for anything but whole numbers, ValueError for none of them or a negative one."""
     if given is None:
         return None
-    listed = tuple(given) if isinstance(given, Iterable) else (given,)
-    if not all(isinstance(each, int) and not isinstance(each, bool) for each in listed):
-        raise TypeError(f"{what} must be a whole number or several, got {given!r}")
+    listed = whole_numbers(given, what)
     if not listed:
         raise ValueError(f"{what} is empty, so that nothing is edited; None stands for all")
     if min(listed) < 0:
         raise ValueError(f"{what} are counted from 0, got {min(listed)}")
     return tuple(sorted(set(listed)))
+
+
+def whole_numbers(given: Places, what: str) -> tuple[int, ...]:
+    """One number or several as Python's own, in their order; given may be a tensor or a NumPy array of any shape.
+
+    Raises TypeError for anything but whole numbers.
+    """
+    plain: Any = given
+    if hasattr(plain, "flatten") and hasattr(plain, "tolist"):
+        plain = plain.flatten().tolist()
+    listed = tuple(plain) if isinstance(plain, Iterable) else (plain,)
+    if not all(hasattr(type(each), "__index__") and not isinstance(each, bool) for each in listed):
+        raise TypeError(f"{what} must be a whole number or several, got {given!r}")
+    return tuple(operator.index(each) for each in listed)
 
 
 def windows(given: Steps | None) -> tuple[Window, ...] | None:

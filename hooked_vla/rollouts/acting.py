@@ -16,7 +16,7 @@ from jaxtyping import Float32
 
 from hooked_vla.hooks.model import HookRequest
 from hooked_vla.inputs import ModelInputs, Observation, StepInputs
-from hooked_vla.rollouts.arms import Arm, ObservingArm, group_hooks
+from hooked_vla.rollouts.arms import Arm, CheckedArm, ObservingArm, group_hooks
 from hooked_vla.rollouts.cells import Cell
 from hooked_vla.rollouts.noise import SeededNoise
 from hooked_vla.rollouts.settings import Settings, check_action_width, constant_text
@@ -77,13 +77,22 @@ class ModelActor:
 
     def act(self, rows: Sequence[Row], env_step: int) -> Float32[np.ndarray, "row step d_action"]:
         self.model.run_state.env_step, self.model.run_state.in_use = env_step, [row.running for row in rows]
-        seen = (self._seen(rows, i, env_step) for i in range(-self.n_seen, 0))
+        seen = [self._seen(rows, i, env_step) for i in range(-self.n_seen, 0)]
+        if env_step == 0:
+            self._check(rows, seen[-1])
         *history, inputs = (prepare(self.model, self.settings, frames) for frames in seen)
         if isinstance(inputs, StepInputs) and history:
             inputs = inputs.follow(history)  # pyright: ignore[reportArgumentType]
         noise = self.noise([row.cell.seed for row in rows], env_step)
         chunk = self.model.predict_action_chunk(inputs, noise, self.settings.unnorm_key)
         return chunk[:, : self.n_action_steps].float().cpu().numpy()
+
+    def _check(self, rows: Sequence[Row], shown: Sequence[Frame]) -> None:
+        """Lets arms look whether what they show reaches the model."""
+        for row, frame in zip(rows, shown, strict=True):
+            arm = self._observing.get(row.cell.arm)
+            if row.running and isinstance(arm, CheckedArm):
+                arm.check(self.model, self.settings, row.cell, row.seen[-1], frame)
 
     def _seen(self, rows: Sequence[Row], i: int, env_step: int) -> list[Frame]:
         """Observation i of every row, as its arm lets the policy see it."""

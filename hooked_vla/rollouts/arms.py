@@ -50,6 +50,19 @@ class ObservingArm(Arm, Protocol):
     def observe(self, cell: Cell, env_step: int, frame: Mapping[str, Any]) -> Mapping[str, Any]: ...
 
 
+@runtime_checkable
+class CheckedArm(ObservingArm, Protocol):
+    """An arm that looks whether what it changes reaches the model, at the first plan of each of its episodes.
+
+    check(model, settings, cell, before, after): a hooked model, the rollouts' settings, and the episode's first
+    observation as the environment shows it and as `observe` does. Raises ValueError to end the rollouts.
+    """
+
+    def check(
+        self, model: Any, settings: Any, cell: Cell, before: Mapping[str, Any], after: Mapping[str, Any]
+    ) -> None: ...
+
+
 @dataclass(frozen=True)
 class Baseline:
     """No edit."""

@@ -54,7 +54,7 @@ def rollouts(
             raise typer.BadParameter(str(error)) from error
         try:
             options = Options(
-                n_envs, max_steps, n_action_steps, image_size, _pairs(cameras), unnorm_key, threads=threads
+                n_envs, max_steps, n_action_steps, image_size, camera_pairs(cameras), unnorm_key, threads=threads
             )
             arms = [BASELINE, *(EditArm(file.stem, load_edits(file)) for file in edits or ())]
             done = run_rollouts(
@@ -115,8 +115,8 @@ def make_executor(name: str, workers: int) -> "Executor":
     return RayExecutor(workers)
 
 
-def _pairs(text: str | None) -> dict[str, str] | None:
-    """ "a=b,c=d" as a mapping."""
+def camera_pairs(text: str | None) -> dict[str, str] | None:
+    """ "a=b,c=d" as a mapping. Raises ValueError for anything else."""
     if text is None:
         return None
     pairs = [pair.split("=") for pair in text.split(",")]

@@ -5,7 +5,9 @@
 ...     source = run_rollouts(model, "goal", 12, 0, out="source", watchers=[ActivationWatcher(recorder, sites)])
 >>> sources = sources_of(source.episodes)
 >>> arm = InjectionArm("replay", "donors", Injection(sites, "hold"), cross_seed(sources, sources))
->>> run_rollouts(model, "goal", 12, 0, out="injected", arms=[BASELINE, arm])
+>>> run_rollouts(model, "goal", 12, 0, out="injected", arms=[BASELINE, *with_controls([arm])])
+
+What an injection shows is more than noise of its size does: matched_noise.py has that control.
 """
 
 from collections.abc import Mapping, Sequence

@@ -334,6 +334,27 @@ def test_replay_and_dead_ends_are_told_by_names_and_confirmed_by_running(
     assert reach.label == label and (reach.cut is not None) == cut and reach.dead_end == dead and reach.agrees
 
 
+@pytest.mark.parametrize(
+    ("text", "label", "cuts"), [("vlm", "cut set", False), ("expert", "replay", True), ("vlm:last", "dead end", False)]
+)
+def test_what_cuts_every_scene_may_still_tell_prompts_apart(
+    tiny_model: HookedVLA, noise: Tensor, monkeypatch: pytest.MonkeyPatch, text: str, label: str, cuts: bool
+) -> None:
+    """No injection reaches the mask that hides padding: a longer prompt is another one to those who read the vlm."""
+    said = ((0, "put the red block"), (3, "lift one two tray"), (7, "push the one tray"),
+            (0, "put the red block on the one tray"))  # fmt: skip
+    tokenizer = tiny_model.processor.tokenizer
+    # prompts of all lengths in one shape
+    monkeypatch.setattr(tokenizer, "features", replace(tokenizer.features, pad_text="max_length"))
+    first, second, third, longer = (
+        tiny_model.prepare(make_observation(1, seed, [words]), None) for seed, words in said
+    )
+    sites = choose_sites(tiny_model, text)
+    [donor] = donors_of(tiny_model, third, noise[1:], sites)
+    reach = find_reach(tiny_model, Injection(sites, "error"), donor, first, second, noise[:1], 0, longer)
+    assert reach.label == label and reach.cuts_prompt == cuts and reach.agrees
+
+
 def test_part_of_a_cut_set_is_not_replay(tiny_model: HookedVLA, noise: Tensor) -> None:
     first, second = (make_observation(1, seed, ["put the red block"]) for seed in (0, 3))
     sites = choose_sites(tiny_model, "vlm")

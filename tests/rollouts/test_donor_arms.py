@@ -11,7 +11,8 @@ from hooked_vla import HookedVLA
 from hooked_vla.analysis.subspaces import random_subspace
 from hooked_vla.rollouts.arms import BASELINE, Arm, ObservingArm, describe_arms
 from hooked_vla.rollouts.cells import Cell
-from hooked_vla.rollouts.experiments.kinds.subspace_arms import DonorArm, ToldArm, twin_of
+from hooked_vla.rollouts.experiments.kinds.subspace_arms import DonorArm, twin_of
+from hooked_vla.rollouts.injection import Told, ToldArm
 from hooked_vla.rollouts.records import read_steps
 from hooked_vla.rollouts.settings import Options, settle
 from hooked_vla.rollouts.sweep import run_rollouts
@@ -41,7 +42,7 @@ def test_a_donor_of_everything_that_the_instruction_says_is_another_instruction(
     found = actions_of(
         tmp_path,
         [
-            BASELINE, ToldArm("told", DONORS), donor("whole"), donor("own", LATER, own),
+            BASELINE, ToldArm("told", [Told(DONORS["walk"])]), donor("whole"), donor("own", LATER, own),
             donor("later", LATER), donor("every", LATER, subspace=random_subspace(width, width, 0)),
             donor("one", LATER, subspace=random_subspace(width, 1, 0)), donor("none", strength=0.0),
         ],

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from episodes import check_conventions, check_neighbours, expert_episode, require
+from experimenting import check_experiments
 from recorded import check_closed_loop, check_demonstration
 
 require("libero", "libero")
@@ -175,3 +176,8 @@ def test_policy_acts_in_closed_loop(tmp_path):
 @needs_assets
 def test_demonstration_is_recorded(tmp_path):
     check_demonstration(SUITES["libero_spatial"], BOWL_IN_THE_MIDDLE, 3, tmp_path)
+
+
+@needs_assets
+def test_experiments_run(tmp_path):
+    check_experiments(SUITES["libero_goal"], SUITES["libero_object"], tmp_path)

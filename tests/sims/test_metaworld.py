@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from episodes import check_conventions, check_neighbours, expert_episode, require
+from experimenting import check_experiments
 from recorded import check_closed_loop, check_demonstration
 
 require("metaworld", "metaworld")
@@ -72,3 +73,7 @@ def test_policy_acts_in_closed_loop(tmp_path):
 
 def test_demonstration_is_recorded(tmp_path):
     check_demonstration(SUITE, "button-press", 3, tmp_path)
+
+
+def test_experiments_run(tmp_path):
+    check_experiments(SUITE, SUITE, tmp_path)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from hooked_vla.inputs import ModelInputs
 from hooked_vla.rollouts.acting import prepare
-from hooked_vla.rollouts.arms import ObservingArm
 from hooked_vla.rollouts.cells import Cell
 from hooked_vla.rollouts.settings import Settings, constant_text
 from hooked_vla.vla import HookedVLA
@@ -58,21 +57,18 @@ def reaches(model: HookedVLA, settings: Settings, before: Frame, after: Frame) -
     )
 
 
-def require_reach(
-    arm: ObservingArm, model: HookedVLA, settings: Settings, scenes: Sequence[tuple[Cell, Frame]]
-) -> list[Reach]:
-    """What of an arm reaches the model at the start of some episodes.
+def check_reach(name: str, model: HookedVLA, settings: Settings, cell: Cell, before: Frame, after: Frame) -> Reach:
+    """What of an arm's change of an observation reaches the model. name: the arm's.
 
-    Raises ValueError where it changes nothing at all in one of them, naming the arm and the episode.
+    Raises ValueError where nothing does, naming the arm and the episode.
     """
-    found = []
-    for cell, frame in scenes:
-        found.append(reaches(model, settings, frame, arm.observe(cell, 0, frame)))
-        if not found[-1].changed:
-            raise ValueError(
-                f"arm {arm.name!r} changes nothing that reaches the model in {cell}: neither a token nor a pixel "
-                "differs behind the preprocessing"
-            )
+    found = reaches(model, settings, before, after)
+    if not found.changed:
+        raise ValueError(
+            f"arm {name!r} changes nothing that reaches the model in {cell}: neither a token nor a pixel differs "
+            "behind the preprocessing, so this episode is the baseline's. Leave the arm out, or run it as it is with "
+            "inert='run'"
+        )
     return found
 
 

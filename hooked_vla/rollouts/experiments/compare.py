@@ -34,6 +34,7 @@ from hooked_vla.analysis.statistics import cluster_bootstrap, holm, mcnemar, wil
 from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.rollouts.arms import BASELINE
 from hooked_vla.rollouts.experiments.context import Context
+from hooked_vla.rollouts.experiments.intervals import change_interval
 from hooked_vla.rollouts.records import read_steps
 from hooked_vla.rollouts.settings import Options
 from hooked_vla.rollouts.sweep import Rollouts
@@ -130,6 +131,7 @@ def rerun(
     episodes: int,
     tasks: Sequence[str] | None = None,
     options: Options | None = None,
+    seed: int | None = None,
 ) -> Rollouts:
     """The baseline once more, from the same starts and noise, one episode at a time (two, where it ran one at a time).
 
@@ -138,7 +140,7 @@ def rerun(
     """
     options = context.options if options is None else options
     other = replace(options, n_envs=2 if options.n_envs == 1 else 1)
-    return context.rollouts(label, suite, (BASELINE,), episodes, tasks, options=other)
+    return context.rollouts(label, suite, (BASELINE,), episodes, tasks, seed=seed, options=other)
 
 
 def layout_of(suite: str) -> ActionLayout:
@@ -176,8 +178,9 @@ def compare(
     """One row for every suite and arm, compared with the baseline's episodes of the same starts and noise.
 
     n, n_tasks; success with Wilson's 95 % interval (success_low, success_high); baseline_success, of the same episodes;
-    difference of the two with its interval (difference_low, difference_high) by a bootstrap of whole tasks (NaN where
-    there is one task); mcnemar_p, exact, and holm_p, adjusted for all tests of the table.
+    difference of the two with its interval (difference_low, difference_high) by a bootstrap of whole tasks, widened
+    where all tasks changed alike (`change_interval`; NaN where there is one task); mcnemar_p, exact, and holm_p,
+    adjusted for all tests of the table.
     displacement: mean distance of the end effector from that of the paired baseline episode, metres, over their common
     steps, with displacement_low and displacement_high by tasks; floor: the same of the arm named `floor`, which must be
     a mere rerun (None: there is none, and floor is NaN). cosine: of normalised actions over the common steps;
@@ -315,7 +318,8 @@ def _success(runs: Runs, mine: list[int], theirs: list[int], tested: bool, seed:
     tasks = [runs.episodes["task"].tolist()[i] for i in mine]
     low, high = wilson_interval(int(won[mine].sum()), len(mine))
     change = won[mine].astype(float) - won[theirs]
-    difference, difference_low, difference_high = mean_with_interval(change, tasks, seed)
+    interval = change_interval if tested else mean_with_interval
+    difference, difference_low, difference_high = interval(change, tasks, seed=seed)
     return {
         "n": len(mine), "n_tasks": len(set(tasks)), "success": float(won[mine].mean()), "success_low": low,
         "success_high": high, "baseline_success": float(won[theirs].mean()), "difference": difference,

@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from report_numbers import unknown_numbers
 
 from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.definition import find_experiment
@@ -12,12 +14,14 @@ from hooked_vla.rollouts.experiments.kinds.attention import (
     LAST,
     TOP,
     Settings,
+    _knocked_out,
     head_table,
     knock_outs,
     last_layers,
     map_table,
     top_heads,
 )
+from hooked_vla.rollouts.experiments.kinds.attention_figures import draw_maps
 from hooked_vla.rollouts.experiments.kinds.attention_maps import (
     APPROACH,
     CARRY,
@@ -174,3 +178,35 @@ def test_a_tiny_run_leaves_maps_verdicts_and_a_film(tmp_path):
     assert frames.shape == (4, 3 * 96, 3 * 3 * 96, 3)
     report = (tmp_path / "report.md").read_text()
     assert "reaches no action" in report and "dead end" in report
+    assert unknown_numbers(tmp_path, definition) == []
+
+
+def _knocked(context, **row: float) -> dict:
+    table = pd.DataFrame([
+        {"suite": "goal", "arm": "baseline", "success": 1.0},
+        {"suite": "goal", "arm": "expert: top head", "heads": "L0H0", "difference": 0.0, "holm_p": 1.0,
+         "displacement": 0.02, "floor": 1e-8, "zero_effect": False, "success": 1.0, **row},
+    ])  # fmt: skip
+    found = _knocked_out(context, table, "goal")
+    return {"holds": found.holds, "measured": found.measured}
+
+
+def test_success_that_stays_is_not_called_no_effect(context):
+    found = _knocked(context, difference_low=-0.09, difference_high=0.09)
+    assert found["holds"] is True and "20.0 mm (rerun 0.0" in found["measured"] and "is an effect" in found["measured"]
+    assert _knocked(context, difference_low=-0.12, difference_high=0.05)["holds"] is None
+    assert _knocked(context, difference_low=-0.4, difference_high=-0.2)["holds"] is False
+
+
+def test_all_maps_are_drawn_on_one_scale(maps):
+    chosen = last_layers(_scores())[1:] + top_heads(_scores())[:1]
+    figure, caption = draw_maps(maps, chosen, "top")
+    assert "one scale for all panels" in caption
+    bars = [axes for axes in figure.axes if "mean of the camera" in axes.get_ylabel()]
+    assert len(bars) == 1
+    low, high = bars[0].get_ylim()
+    grids = [maps.weights[each.reader, each.site, "top"][i].mean(0) for each in chosen for i in (0, 1)]
+    heads = [grid.mean(0) if each.head < 0 else grid[each.head]
+             for grid, each in zip(grids, [each for each in chosen for _ in (0, 1)], strict=True)]  # fmt: skip
+    most = max(float((head / head.mean() - 1).abs().max()) for head in heads)
+    assert (low, high) == pytest.approx((1 - most, 1 + most))

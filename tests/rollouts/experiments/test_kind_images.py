@@ -4,13 +4,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
+from report_numbers import unknown_numbers
 
 from hooked_vla.rollouts.batteries.images import IMAGE_KINDS
+from hooked_vla.rollouts.experiments.compare import Runs
+from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.definition import Definition, find_experiment
+from hooked_vla.rollouts.experiments.kinds import images as kind
 from hooked_vla.rollouts.experiments.kinds.images import Settings
 from hooked_vla.rollouts.experiments.run import run_experiment
+from hooked_vla.rollouts.jobs import ModelSource
 from hooked_vla.rollouts.settings import Options
 
 
@@ -28,9 +34,11 @@ def test_a_run_judges_its_rules_and_shows_its_pictures(tmp_path: Path) -> None:
     assert main["success"].to_dict() == {
         "baseline": 1, "contrast_down": 1, "rotate_180": 0, "blank": 0, "rerun": 1
     }  # fmt: skip
-    assert {each.rule: each.holds for each in outcome.verdicts} == {
-        "photometric-tolerated": True, "geometric-fatal": True,
-    }  # fmt: skip
+    # one task has no interval, and decides nothing
+    assert [each.holds for each in outcome.verdicts] == [None, None]
+    assert "median change +0.0 pp" in outcome.verdicts[0].measured
+    assert "median change -100.0 pp" in outcome.verdicts[1].measured
+    assert unknown_numbers(tmp_path, what) == []
     reach = outcome.tables["reach"].set_index("arm")
     assert reach["status"].tolist() == ["changed"] * 3 and reach.loc["blank", "pixels"] > 0.9
     pictures = np.asarray(Image.open(tmp_path / "figures" / "pictures.png").convert("RGB"))
@@ -50,6 +58,37 @@ def test_strengths_are_arms_of_their_own_and_a_change_without_effect_is_not_run(
     assert reach.loc["blank", "pixels"] == pytest.approx(0.5, abs=0.05)
     # the baseline fails in 4 steps
     assert [each.holds for each in outcome.verdicts] == [None, None]
+
+
+def runs(suite: str, arms: dict[str, float], baseline: float = 1.0) -> tuple[pd.DataFrame, Runs]:
+    """Thirty episodes of three tasks under each arm, of which the first ones succeed; and the rows of a comparison."""
+    rows, table = [], []
+    for arm, share in {"baseline": baseline, **arms}.items():
+        rows += [{"suite": suite, "arm": arm, "task": f"t{i % 3}", "seed": i, "success": i < 30 * share}
+                 for i in range(30)]  # fmt: skip
+        group = "geometric" if arm.startswith("rotate") else "photometric"
+        table.append({"suite": suite, "arm": arm, "group": group, "strength": 1.0, "success": share,
+                      "difference": share - baseline, "holm_p": 1.0})  # fmt: skip
+    one = [np.zeros((1, 4))] * len(rows)
+    return pd.DataFrame(table), Runs(pd.DataFrame(rows), one, one, one)
+
+
+def costs(tmp_path: Path, *suites: tuple[pd.DataFrame, Runs]) -> list[bool | None]:
+    context = Context(find_experiment("E17"), ModelSource("smolvla-tabletop"), tmp_path)
+    table = pd.concat([each[0] for each in suites])
+    by_suite = {str(each[0]["suite"].iloc[0]): each[1] for each in suites}
+    rules = (("photometric-tolerated", "photometric", True), ("geometric-fatal", "geometric", False))
+    return [kind._cost(context, table, by_suite, *rule).holds for rule in rules]
+
+
+def test_a_suite_that_cannot_be_judged_leaves_the_rule_open(tmp_path: Path) -> None:
+    fine = runs("goal", {"hue": 1.0, "rotate_10": 0.0})
+    assert costs(tmp_path, fine) == [True, True]
+    # the baseline fails there: "in every suite" cannot be said
+    floor = runs("object", {"hue": 0.5, "rotate_10": 0.0}, baseline=0.5)
+    assert costs(tmp_path, fine, floor) == [None, None]
+    # but one suite is enough to contradict it
+    assert costs(tmp_path, runs("goal", {"hue": 0.0, "rotate_10": 1.0}), floor) == [False, False]
 
 
 def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:

@@ -1,16 +1,15 @@
 """E12: shifts are counted in the word's direction, damage is not steering, and a tiny run leaves what it promises."""
 
-import pickle
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+from report_numbers import unknown_numbers
 
-from hooked_vla.rollouts.cells import Cell
 from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.definition import find_experiment
-from hooked_vla.rollouts.experiments.kinds.neurons import Settings, ToldArm, _verdicts, best_doses
+from hooked_vla.rollouts.experiments.kinds.neurons import Settings, _verdicts, best_doses
 from hooked_vla.rollouts.experiments.kinds.neurons_shifts import (
     CONTRAST,
     HEIGHT,
@@ -63,7 +62,8 @@ def _judged(context: Context, shifts: pd.DataFrame) -> dict[str, bool | None]:
 
 def test_a_shift_with_style_words_and_none_without_holds(context):
     assert _judged(context, _shifts(said=0.3, unsaid=0.01)) == {"said-shift": True, "unsaid-weak": True}
-    assert _judged(context, _shifts(said=0.01, unsaid=0.3)) == {"said-shift": False, "unsaid-weak": False}
+    assert _judged(context, _shifts(said=0.01, unsaid=0.3)) == {"said-shift": False, "unsaid-weak": None}
+    assert _judged(context, _shifts(said=0.3, unsaid=0.3)) == {"said-shift": True, "unsaid-weak": False}
 
 
 def test_what_random_neurons_do_too_is_no_steering(context):
@@ -74,7 +74,8 @@ def test_damage_is_not_steering(context):
     shifts = _shifts(said=0.2, unsaid=0.2, broken=(2.0,))
     assert {dose for key, dose in best_doses(shifts, 0.5).items() if key[2] == NEURONS} == {1.0}
     # 20 % at the dose that leaves the policy working; 40 % at the one that does not count
-    assert _judged(context, shifts) == {"said-shift": False, "unsaid-weak": True}
+    # nothing steers where it should: that it does not where it should not says nothing
+    assert _judged(context, shifts) == {"said-shift": False, "unsaid-weak": None}
     everywhere = _shifts(said=2.0, unsaid=2.0, broken=(1.0, 2.0))
     assert _judged(context, everywhere) == {"said-shift": False, "unsaid-weak": None}
 
@@ -101,12 +102,13 @@ def test_height_and_speed_of_a_path():
     assert found[HEIGHT] == pytest.approx(0.1) and found[SPEED] == pytest.approx(0.035)
 
 
-def test_a_told_arm_changes_the_instruction_only():
-    arm = pickle.loads(pickle.dumps(ToldArm("prompt", "carry it high")))
-    frame = {"pixels": {}, "state": np.zeros(4), "instruction": "carry it"}
-    seen = arm.observe(Cell(0, "prompt", "low", 1), 0, frame)
-    assert seen["instruction"] == "carry it high" and frame["instruction"] == "carry it"
-    assert seen["state"] is frame["state"]
+def test_neurons_and_random_ones_are_compared_in_the_same_episodes(context):
+    """Both move episodes by very different amounts, the neurons a little more in every one of them."""
+    shifts = _shifts(said=0.3, unsaid=0.0, random=0.25)
+    spread = shifts["seed"] % 4 * 0.02
+    moved = shifts["arm_kind"].isin([NEURONS, RANDOM]) & (shifts["prompt"] == SAID)
+    shifts["shift"] += spread.where(moved, 0.0)
+    assert _judged(context, shifts)["said-shift"] is True
 
 
 def test_unknown_words_and_models_without_words_are_refused(tmp_path):
@@ -135,3 +137,4 @@ def test_a_tiny_run_leaves_tables_doses_and_verdicts(tmp_path):
     assert (rerun["shift"].abs() < 1e-4).all()
     assert set(outcome.figures) == {"doses"} and (tmp_path / "figures" / "doses.png").is_file()
     assert "input embeddings" in (tmp_path / "report.md").read_text()
+    assert unknown_numbers(tmp_path, definition) == []

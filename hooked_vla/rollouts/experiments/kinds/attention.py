@@ -18,6 +18,7 @@ from hooked_vla.inputs import Observation
 from hooked_vla.interventions import EditArm
 from hooked_vla.rollouts.experiments.compare import mean_with_interval
 from hooked_vla.rollouts.experiments.context import Context
+from hooked_vla.rollouts.experiments.intervals import decide, undecided
 from hooked_vla.rollouts.experiments.kinds.attention_figures import draw_maps, draw_scores, film
 from hooked_vla.rollouts.experiments.kinds.attention_maps import (
     TARGET_WORD,
@@ -250,6 +251,8 @@ def _beats_chance(context: Context, table: pd.DataFrame, rule: str, which: str) 
 
 
 def _knocked_out(context: Context, compared: pd.DataFrame, suite: str) -> Verdict:
+    """Whether success stays within the rule's points without the best head: all of the difference's interval. Whether
+    anything changes at all is another question, and said beside it."""
     rule, limit = "knock-out", threshold(context, "knock-out")
     if why := gate_note(compared, suite):
         return Verdict(rule, None, why)
@@ -259,13 +262,20 @@ def _knocked_out(context: Context, compared: pd.DataFrame, suite: str) -> Verdic
     for arm, row in tops.items():
         sham = [each for name, each in rows.items() if name.startswith(f"{arm.split(':')[0]}: random head")]
         control = np.mean([each["displacement"] for each in sham]) if sham else float("nan")
+        still = row["zero_effect"]
+        moved = "not known" if pd.isna(still) else "no effect" if still else "an effect"
         said.append(
-            f"{arm} ({row['heads']}): {points(row['difference'])} (p = {row['mcnemar_p']:.2g}), moved by "
-            f"{1000 * row['displacement']:.1f} mm (rerun {1000 * row['floor']:.1f}, random heads {1000 * control:.1f})"
+            f"{arm} ({row['heads']}): {points(row['difference'])} ({points(row['difference_low'])} to "
+            f"{points(row['difference_high'])}, Holm-adjusted p = {row['holm_p']:.2g}); moved "
+            f"by {1000 * row['displacement']:.1f} mm (rerun {1000 * row['floor']:.1f}, random heads "
+            f"{1000 * control:.1f}), which by the test and twice the rerun's floor is {moved}"
         )
     # the first is the best of all; the others are those of their pathways
     first = next(iter(tops.values()))
-    return Verdict(rule, abs(first["difference"]) < limit, "; ".join(said))
+    low, high = first["difference_low"], first["difference_high"]
+    within = [decide(low, high, -limit, below=False), decide(low, high, limit, below=True)]
+    holds = False if False in within else None if None in within else True
+    return Verdict(rule, holds, "; ".join(said) + undecided(holds))
 
 
 def _notes(

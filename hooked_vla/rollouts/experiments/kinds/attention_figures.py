@@ -9,6 +9,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from hooked_vla.analysis.attention import CameraView, camera_views
+from hooked_vla.analysis.attention_figures import COLOURS as MAP
 from hooked_vla.analysis.attention_figures import around_one, draw_overlay, overlay, to_bytes
 from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.hooks import HookPoint
@@ -27,6 +28,7 @@ from hooked_vla.rollouts.video import Film
 
 with needs_analysis_extra():
     import pandas as pd
+    from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
@@ -44,7 +46,13 @@ def draw_maps(maps: Maps, chosen: Sequence[Chosen], camera: str) -> tuple[Figure
         next(i for i, each in enumerate(maps.moments) if each.phase == phase and (each.seed in seeds or not seeds))
         for phase in ((APPROACH, CARRY) if seeds else (APPROACH,))
     ]
-    figure = new_figure(2.3 + 2.3 * len(chosen), 0.9 + 2.5 * len(shown))
+    grids = {
+        (i, each): _relative(maps.weights[each.reader, each.site, camera][i].mean(0), each.head)
+        for i in shown for each in chosen
+    }  # fmt: skip
+    # one scale for all panels: the same colour is the same number
+    norm = around_one(list(grids.values()))
+    figure = new_figure(2.9 + 2.3 * len(chosen), 0.9 + 2.5 * len(shown))
     panels = figure.subplots(len(shown), 1 + len(chosen), squeeze=False)
     for row, i in zip(panels, shown, strict=True):
         moment = maps.moments[i]
@@ -55,14 +63,17 @@ def draw_maps(maps: Maps, chosen: Sequence[Chosen], camera: str) -> tuple[Figure
         row[0].set_xticks([])
         row[0].set_yticks([])
         for axes, each in zip(row[1:], chosen, strict=True):
-            grid = _relative(maps.weights[each.reader, each.site, camera][i].mean(0), each.head)
-            draw_overlay(axes, moment.images[camera], grid, view, around_one([grid]), [(target, OUTLINE)])
+            draw_overlay(axes, moment.images[camera], grids[i, each], view, norm, [(target, OUTLINE)])
     for axes, each in zip(panels[0, 1:], chosen, strict=True):
         axes.set_title(f"{each.label}\n{each.reader}\n{each.what}", fontsize=8)
+    scale = ScalarMappable(norm, MAP)
+    figure.colorbar(scale, ax=panels, shrink=0.8).set_label(
+        "attention, 1 is the mean of the camera's tokens", fontsize=8
+    )
     figure.suptitle(f"“{maps.moments[shown[0]].instruction}”", fontsize=10)
     caption = (
-        f"Attention to the {camera} camera's tokens, as multiples of their mean: red more, blue less. The target is "
-        "outlined."
+        f"Attention to the {camera} camera's tokens, as multiples of their mean: red more, blue less, on one scale for "
+        "all panels. The target is outlined."
     )
     return figure, caption
 

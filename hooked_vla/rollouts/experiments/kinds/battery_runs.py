@@ -1,8 +1,11 @@
 """What the experiments on batteries share: what becomes of an arm, its runs beside a rerun, and when to judge."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
 
 from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.rollouts.arms import BASELINE, Arm
@@ -21,6 +24,7 @@ from hooked_vla.rollouts.experiments.compare import (
 from hooked_vla.rollouts.experiments.context import Context, Seen
 from hooked_vla.rollouts.settings import Options, Settings, settle
 from hooked_vla.rollouts.suites import get_suite
+from hooked_vla.rollouts.sweep import Rollouts
 
 with needs_analysis_extra():
     import pandas as pd
@@ -30,6 +34,8 @@ with needs_analysis_extra():
 CHANGED, PARTLY, UNCHANGED = "changed", "partly changed", "unchanged: not run"
 SAME, REFUSED = "as another kind: not run", "refused: not run"
 RUN = (CHANGED, PARTLY)
+# of tests, as in the flags of a comparison
+ALPHA = 0.05
 
 
 def limited(context: Context, max_steps: int) -> Options:
@@ -47,11 +53,20 @@ def cell_of(arm: Arm, seen: Seen) -> Cell:
     return Cell(0, arm.name, seen.task, seen.seed)
 
 
-def run_suite(context: Context, suite: str, arms: Sequence[Arm], episodes: int, options: Options) -> Runs:
-    """The suite's episodes under the baseline and all arms, and the baseline's rerun."""
-    main = context.rollouts(suite, suite, [BASELINE, *arms], episodes, options=options)
+def roll_suite(context: Context, suite: str, arms: Sequence[Arm], episodes: int, options: Options) -> Rollouts:
+    """The suite's episodes under the baseline and all arms."""
+    return context.rollouts(suite, suite, [BASELINE, *arms], episodes, options=options)
+
+
+def with_rerun(context: Context, main: Rollouts, suite: str, episodes: int, options: Options) -> Runs:
+    """What `roll_suite` made, and the baseline's rerun."""
     again = rerun(context, f"{suite}_rerun", suite, episodes, options=options)
     return join(read_runs(main), read_runs(again, {BASELINE.name: RERUN}))
+
+
+def run_suite(context: Context, suite: str, arms: Sequence[Arm], episodes: int, options: Options) -> Runs:
+    """The suite's episodes under the baseline and all arms, and the baseline's rerun."""
+    return with_rerun(context, roll_suite(context, suite, arms, episodes, options), suite, episodes, options)
 
 
 def compare_suites(context: Context, runs: Iterable[Runs]) -> pd.DataFrame:
@@ -93,6 +108,28 @@ def gate_note(table: pd.DataFrame, suite: str) -> str | None:
     return None if base >= GATE else f"the baseline succeeds in {base:.0%} of {suite}: a floor effect, not judged"
 
 
+def changes(
+    runs: Runs, suite: str, arms: Sequence[str], than: str = BASELINE.name
+) -> tuple[Float64[np.ndarray, "scene arm"], list[str]]:
+    """Success of every scene's episode under each arm less that under `than`, and each scene's task.
+
+    Raises KeyError for a scene that one of them lacks.
+    """
+    names = ("suite", "arm", "task", "seed")
+    keys = zip(*(runs.episodes[name].tolist() for name in names), strict=True)
+    won = dict(zip(keys, runs.episodes["success"].tolist(), strict=True))
+    scenes = [key[2:] for key in won if key[:2] == (suite, than)]
+    rows = [[float(won[suite, arm, *scene]) - float(won[suite, than, *scene]) for arm in arms] for scene in scenes]
+    return np.array(rows, np.float64).reshape(len(scenes), len(arms)), [scene[0] for scene in scenes]
+
+
+def significant(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The arms whose success differs from the baseline's by McNemar's test, after Holm's correction, in words."""
+    found = ", ".join(str(row["arm"]) for row in rows if row["holm_p"] < ALPHA)
+    return f"by McNemar's test and Holm's correction at {ALPHA:g} success changes under {found or 'none'}"
+
+
 def points(share: float) -> str:
-    """A difference of shares in percentage points."""
-    return f"{100 * share:+.1f} pp"
+    """A difference of shares in percentage points; "?" where it is not known."""
+    # a sum with 0 has no minus sign before it
+    return f"{100 * share + 0.0:+.1f} pp" if share == share else "?"

@@ -1,18 +1,20 @@
 """The image battery in closed loop: every picture of an episode is changed in one way, before any preprocessing."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import median
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.rollouts.arms import BASELINE
 from hooked_vla.rollouts.batteries.arms import ImageArm
 from hooked_vla.rollouts.batteries.images import GEOMETRIC, IMAGE_KINDS, PHOTOMETRIC, REMOVAL, check_strength
 from hooked_vla.rollouts.batteries.reach import reaches
-from hooked_vla.rollouts.experiments.compare import by_task
+from hooked_vla.rollouts.experiments.compare import Runs, by_task
 from hooked_vla.rollouts.experiments.context import Context, Seen
 from hooked_vla.rollouts.experiments.figures import curve, new_figure, success_bars
+from hooked_vla.rollouts.experiments.intervals import change_interval, decide, undecided
 from hooked_vla.rollouts.experiments.kinds.battery_runs import (
     CHANGED,
     PARTLY,
@@ -20,6 +22,7 @@ from hooked_vla.rollouts.experiments.kinds.battery_runs import (
     UNCHANGED,
     arms_of,
     cell_of,
+    changes,
     compare_suites,
     gate_note,
     keep,
@@ -28,6 +31,7 @@ from hooked_vla.rollouts.experiments.kinds.battery_runs import (
     records,
     run_suite,
     settings_in,
+    significant,
     threshold,
 )
 from hooked_vla.rollouts.experiments.outcome import Outcome, Verdict
@@ -72,10 +76,13 @@ def run(context: Context, settings: Settings) -> Outcome:
     arms = {arm.name: arm for arm in settings.arms()}
     suites = settings.suites
     reach = context.table("reach", lambda: pd.concat([check_images(context, settings, each) for each in suites]))
-    runs = {}
+    runs = dict[str, Runs]()
     for suite in suites:
-        wanted = [row["arm"] for row in records(reach) if row["suite"] == suite and row["status"] in RUN]
-        mine = [arms[name] for name in wanted]
+        wanted = [row for row in records(reach) if row["suite"] == suite and row["status"] in RUN]
+        # where some episodes' pictures are known to stay as they are, these are run all the same
+        mine = [
+            replace(arms[row["arm"]], inert="run") if row["status"] == PARTLY else arms[row["arm"]] for row in wanted
+        ]
         runs[suite] = run_suite(context, suite, mine, settings.episodes, limited(context, settings.max_steps))
     table = compare_suites(context, runs.values())
     table.insert(2, "group", [_group(arms, arm) for arm in table["arm"]])
@@ -95,7 +102,10 @@ def run(context: Context, settings: Settings) -> Outcome:
             figures[f"strengths_{suite}"] = (drawn, f"Success in {suite} over the strength of the change.")
     return Outcome(
         main=table,
-        verdicts=[_tolerated(context, table, suites), _fatal(context, table, suites)],
+        verdicts=[
+            _cost(context, table, runs, "photometric-tolerated", PHOTOMETRIC, below=True),
+            _cost(context, table, runs, "geometric-fatal", GEOMETRIC, below=False),
+        ],
         tables={"reach": reach, "tasks": pd.concat([by_task(each) for each in runs.values()], ignore_index=True)},
         figures=figures,
         labels=_labels(records(reach)),
@@ -146,30 +156,29 @@ def _group(arms: dict[str, ImageArm], name: str) -> str:
     return IMAGE_KINDS[arms[name].kind].group if name in arms else ""
 
 
-def _tolerated(context: Context, table: pd.DataFrame, suites: Sequence[str]) -> Verdict:
-    rule, limit = "photometric-tolerated", threshold(context, "photometric-tolerated")
-    drops, said = _drops(table, suites, PHOTOMETRIC)
-    return Verdict(rule, all(drop < limit for drop in drops) if drops else None, said)
-
-
-def _fatal(context: Context, table: pd.DataFrame, suites: Sequence[str]) -> Verdict:
-    rule, limit = "geometric-fatal", threshold(context, "geometric-fatal")
-    drops, said = _drops(table, suites, GEOMETRIC)
-    return Verdict(rule, all(drop >= limit for drop in drops) if drops else None, said)
-
-
-def _drops(table: pd.DataFrame, suites: Sequence[str], group: str) -> tuple[list[float], str]:
-    """The median drop of a group's kinds at strength 1 in every suite that can be judged, and what was seen."""
-    drops, said = [], []
-    for suite in suites:
+def _cost(
+    context: Context, table: pd.DataFrame, runs: Mapping[str, Runs], rule: str, group: str, below: bool
+) -> Verdict:
+    """Whether the median cost of a group's kinds at strength 1 is below the rule's limit (below False: reaches it) in
+    every suite; not judged where one of them cannot be."""
+    limit = threshold(context, rule)
+    held, said = list[bool | None](), []
+    for suite, mine in runs.items():
         rows = [row for row in arms_of(table, suite) if row["group"] == group and row["strength"] == 1]
         if (why := gate_note(table, suite)) or not rows:
+            held.append(None)
             said.append(why or f"no {group} kind was run in {suite}")
             continue
-        drops.append(median(-row["difference"] for row in rows))
+        change, tasks = changes(mine, suite, [row["arm"] for row in rows])
+        median, low, high = change_interval(-change, tasks, lambda means: np.median(means, axis=1), context.seed)
+        held.append(decide(low, high, limit, below))
         each = ", ".join(f"{row['arm']} {points(row['difference'])}" for row in rows)
-        said.append(f"{suite}: median change {points(-drops[-1])} ({each})")
-    return drops, "; ".join(said)
+        said.append(
+            f"{suite}: median change {points(-median)} ({points(-high)} to {points(-low)}; {each}); "
+            f"{significant(rows)}{undecided(held[-1])}"
+        )
+    holds = False if False in held else None if None in held else True
+    return Verdict(rule, holds, "; ".join(said))
 
 
 def _pictures(context: Context, settings: Settings) -> Figure:

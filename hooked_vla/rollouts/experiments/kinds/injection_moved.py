@@ -20,6 +20,8 @@ from hooked_vla.rollouts.tabletop.tasks import TASKS, find_task
 
 # where the tabletop's state says that the cup holds a block
 _HOLDS = 3
+# metres along x and y: the cup is over where the block stood
+AT = scene.BLOCK_HALF
 
 
 class MovedEnv(TabletopEnv):
@@ -91,13 +93,18 @@ def grasp_step(states: np.ndarray) -> int | None:
     return int(held[0]) if len(held) else None
 
 
-def nearer_places(
+def place_at_grasp(
     runs: Runs, row: int, source_states: np.ndarray, old: np.ndarray, new: np.ndarray
-) -> dict[str, float] | None:
-    """Where an episode's cup is when its source grasps: distances to the block's old and new place on the table, in
-    metres; None where the source never grasps."""
+) -> dict[str, Any] | None:
+    """Where an episode's cup is when its source grasps; None where the source never does.
+
+    to_old, to_new: distances from the block's old and new place on the table, metres; at_old_place: over the old place,
+    within half a block along both axes, and nearer to it than to the new one.
+    """
     step = grasp_step(source_states)
     if step is None:
         return None
     place = runs.states[row][min(step, len(runs.states[row]) - 1), :2]
-    return {"to_old": float(np.linalg.norm(place - old)), "to_new": float(np.linalg.norm(place - new))}
+    to_old, to_new = (float(np.linalg.norm(place - each)) for each in (old, new))
+    over = bool(np.abs(place - old).max() <= AT)
+    return {"to_old": to_old, "to_new": to_new, "at_old_place": over and to_old < to_new}

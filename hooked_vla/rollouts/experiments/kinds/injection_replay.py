@@ -2,11 +2,13 @@
 
 Every residual site is injected whole, one by one, from the episode's own run with its prompt, while the policy is told
 nothing. That the episode comes back says little where two different observations lead to the same actions under the
-same injection: then it is replay, which is found out for every site by running.
+same injection: then it is replay, which is found out for every site by running. Its control is noise as large as what
+is injected.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -14,34 +16,45 @@ import numpy as np
 from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.hooks import names as hook_names
 from hooked_vla.interventions.injection import HOLD, Injection
-from hooked_vla.interventions.injection_reach import DEAD_END, REPLAY
+from hooked_vla.interventions.injection_reach import CUT_SET, DEAD_END, REPLAY
 from hooked_vla.interventions.injection_sites import residual_sites, stream_sites
 from hooked_vla.rollouts.arms import BASELINE, Arm
 from hooked_vla.rollouts.cells import Scene
-from hooked_vla.rollouts.experiments.compare import Runs, action_normalizer, layout_of, read_runs
+from hooked_vla.rollouts.experiments.compare import (
+    RERUN,
+    Runs,
+    action_normalizer,
+    compare,
+    join,
+    layout_of,
+    read_runs,
+    rerun,
+)
 from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.figures import heat_map
-from hooked_vla.rollouts.experiments.kinds.battery_runs import keep, limited, records, threshold
+from hooked_vla.rollouts.experiments.kinds.battery_runs import limited, records, threshold
 from hooked_vla.rollouts.experiments.kinds.injection_moved import (
     block_of,
     can_move,
     first_places,
     moved_suite,
-    nearer_places,
+    place_at_grasp,
 )
 from hooked_vla.rollouts.experiments.kinds.injection_runs import (
     Recorded,
-    Starts,
+    badges,
     fillers,
     gate,
     likeness,
     reach_of,
+    reach_row,
     record,
     rows_of,
     scene_of,
     starts_of,
     with_noise,
 )
+from hooked_vla.rollouts.experiments.kinds.injection_scores import paired_p, settle
 from hooked_vla.rollouts.experiments.outcome import Outcome, Verdict
 from hooked_vla.rollouts.injection import (
     Donors,
@@ -51,6 +64,7 @@ from hooked_vla.rollouts.injection import (
     cross_task,
     same_scene,
 )
+from hooked_vla.rollouts.matched_noise import noise_of
 
 with needs_analysis_extra():
     import pandas as pd
@@ -60,18 +74,25 @@ NONE = "(nothing)"
 MOVED = "replay"
 # groups of sites that are whole residual streams
 STREAM = "{} (all layers)"
+# whose values are injected
+OWN, CONTROL, UNRELATED = "own", "noise", "unrelated"
+# columns of the standard comparison that are shown beside how like an arm is to its donor
+_COMPARED = ("success_low", "success_high", "difference", "difference_low", "difference_high", "mcnemar_p", "holm_p",
+             "displacement", "displacement_low", "displacement_high", "floor")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Settings:
     """episodes: of each arm. suite: whose tasks share a scene, so that the prompt counts. max_steps: after which an
-    episode has failed. nulls: prompts that say nothing: "empty", or "filler", as many tokens as the own prompt's; the
-    rules are judged on the first. gate: the least success of the baseline. moved: run the moved object too."""
+    episode has failed. nulls: prompts that say nothing: "empty", or "filler", as many tokens as the own prompt's; rules
+    are judged under all of them. controls: which injections get one of noise, under the first null, by glob. gate: the
+    least success of the baseline. moved: run the moved object too."""
 
     episodes: int
     suite: str = "goal"
     max_steps: int = 72
     nulls: tuple[str, ...] = (EMPTY, FILLER)
+    controls: tuple[str, ...] = ("*",)
     gate: float = 0.9
     moved: bool = True
 
@@ -100,7 +121,7 @@ def run(context: Context, settings: Settings) -> Outcome:
         tables=tables,
         figures=_figures(table),
         labels=_labels(table),
-        notes=_notes(settings, table, moved),
+        notes=_notes(settings, moved),
     )
 
 
@@ -120,18 +141,27 @@ def _told(context: Context, settings: Settings, source: Recorded) -> dict[str, T
 def _run_arms(
     context: Context, settings: Settings, source: Recorded, groups: Mapping[str, list[str]], told: Mapping[str, Told]
 ) -> Runs:
-    """Every group under every null prompt, from the scene's own run; and from an unrelated one's, noise included."""
+    """Every group under every null prompt, from the scene's own run; under the first null, noise as large, and an
+    unrelated episode's values, noise included; and the baseline's rerun."""
     own, unrelated = (choose(source.sources, source.scenes) for choose in (same_scene, cross_task))
     arms: list[Arm] = [BASELINE]
     for null, each in told.items():
         arms.append(ToldArm(f"{null}: {NONE}", [each]))
         arms += [_arm(f"{null}: {name}", source, sites, own, each) for name, sites in groups.items()]
-    first = settings.nulls[0]
-    arms += [_arm(_unrelated(name), source, with_noise(context.model, sites), unrelated, told[first])
+    null = settings.nulls[0]
+    arms += [noise_of(_arm(f"{null}: {name}", source, groups[name], own, told[null]))
+             for name in _controlled(settings, groups)]  # fmt: skip
+    arms += [_arm(_unrelated(name), source, with_noise(context.model, sites), unrelated, told[null])
              for name, sites in groups.items() if len(sites) > 1]  # fmt: skip
-    return read_runs(
-        context.rollouts("main", settings.suite, arms, settings.episodes, options=limited(context, settings.max_steps))
-    )
+    options = limited(context, settings.max_steps)
+    done = context.rollouts("main", settings.suite, arms, settings.episodes, options=options)
+    again = rerun(context, "rerun", settings.suite, settings.episodes, options=options)
+    return join(read_runs(done), read_runs(again, {BASELINE.name: RERUN}))
+
+
+def _controlled(settings: Settings, groups: Mapping[str, list[str]]) -> list[str]:
+    """The groups that get a control of noise."""
+    return [name for name in groups if any(fnmatchcase(name, glob) for glob in settings.controls)]
 
 
 def _arm(name: str, source: Recorded, sites: Sequence[str], donors: Donors, told: Told | None) -> InjectionArm:
@@ -151,13 +181,9 @@ def _reach(
     for null, each in told.items():
         text = each.text if isinstance(each.text, str) else (each.text or {})[source.scenes[0]]
         starts = starts_of(context, settings.suite, settings.episodes, text)
-        own = starts_of(context, settings.suite, 1)
-        prompts = Starts(starts.first, own.first, starts.seed)
         for name, sites in groups.items():
             found = reach_of(context, source, episode, Injection(sites, HOLD), starts)
-            only_prompt = reach_of(context, source, episode, Injection(sites, HOLD), prompts)
-            rows.append({"null": null, "site": name, "cut_set": found.cut or "", "dead_end_by_name": found.dead_end,
-                         "label": found.label, "cuts_prompt": only_prompt.replays, "agrees": found.agrees})  # fmt: skip
+            rows.append({"null": null, "site": name, **reach_row(found)})
     return pd.DataFrame(rows)
 
 
@@ -165,24 +191,25 @@ def _compare(
     context: Context, settings: Settings, source: Recorded, main: Runs, reach: pd.DataFrame,
     groups: Mapping[str, list[str]],
 ) -> pd.DataFrame:  # fmt: skip
-    """One row for every null prompt and group, nothing injected included, then the unrelated donors."""
+    """One row for every null prompt and group, nothing injected included, then noise and the unrelated donors: how like
+    the donor's episodes are, and how they compare with the baseline's, beside the floor of a rerun."""
     layout, normalize = layout_of(settings.suite), action_normalizer(context.model)
     own, unrelated = (choose(source.sources, source.scenes) for choose in (same_scene, cross_task))
-    labels = {(row["null"], row["site"]): row["label"] for row in records(reach)}
-    cuts = {(row["null"], row["site"]): bool(row["cuts_prompt"]) for row in records(reach)}
+    found = {(row["null"], row["site"]): row for row in records(reach)}
+    compared = {row["arm"]: row for row in records(compare(main, layout, normalize, seed=context.seed))}
+    null = settings.nulls[0]
+    cells = [(OWN, each, name, f"{each}: {name}", own) for each in settings.nulls for name in (NONE, *groups)]
+    cells += [(CONTROL, null, name, f"noise: {null}: {name}", own) for name in _controlled(settings, groups)]
+    cells += [(UNRELATED, null, name, _unrelated(name), unrelated) for name in groups if len(groups[name]) > 1]
     rows = []
-    for null in settings.nulls:
-        for name in (NONE, *groups):
-            found = likeness(main, f"{null}: {name}", source, own, layout, normalize)
-            at = (null, name)
-            rows.append({"donor": "own", "null": null, "site": name, "label": labels.get(at, ""),
-                         "cuts_prompt": cuts.get(at, False), **found})  # fmt: skip
-    for name, sites in groups.items():
-        if len(sites) > 1:
-            found = likeness(main, _unrelated(name), source, unrelated, layout, normalize)
-            null = settings.nulls[0]
-            rows.append({"donor": "unrelated", "null": null, "site": name, "label": labels[null, name],
-                         "cuts_prompt": cuts[null, name], **found})  # fmt: skip
+    for donor, each, name, arm, donors in cells:
+        about = found.get((each, name), {"label": "", "cuts_prompt": False})
+        # noise as large is no donor's values: what was found of the injection is not said of it
+        label = "" if donor == CONTROL else about["label"]
+        rows.append({"donor": donor, "null": each, "site": name, "label": label,
+                     "cuts_prompt": donor != CONTROL and bool(about["cuts_prompt"]),
+                     **likeness(main, arm, source, donors, layout, normalize),
+                     **{column: compared[arm][column] for column in _COMPARED}})  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -202,10 +229,9 @@ def _moved(context: Context, settings: Settings, source: Recorded) -> pd.DataFra
             scene = scene_of(runs, row)
             block, episode = block_of(settings.suite, scene.task), int(runs.episodes["episode"].iloc[row])
             states = source.runs.states[source.row(donors[scene])]
-            found = nearer_places(runs, row, states, before[scene][block], now[episode][block])
+            found = place_at_grasp(runs, row, states, before[scene][block], now[episode][block])
             if found is not None:
                 rows.append({"arm": arm, "task": scene.task, "seed": scene.seed, **found,
-                             "at_old_place": found["to_old"] < found["to_new"],
                              "success": bool(runs.episodes["success"].iloc[row])})  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -239,44 +265,46 @@ def _verdicts(
 
 def _single(table: pd.DataFrame, null: str) -> list[dict[str, Any]]:
     """Rows of single sites under a null prompt, from the own donor."""
-    return [row for row in records(table) if row["donor"] == "own" and row["null"] == null
+    return [row for row in records(table) if row["donor"] == OWN and row["null"] == null
             and row["site"] != NONE and "(" not in row["site"]]  # fmt: skip
 
 
 def _every_site(context: Context, settings: Settings, table: pd.DataFrame) -> Verdict:
-    rule, limit = "every-site", threshold(context, "every-site")
-    told, holds = [], False
+    limit, told, holds = threshold(context, "every-site"), [], True
     for null in settings.nulls:
         live = [row for row in _single(table, null) if row["label"] != DEAD_END]
         high = [row for row in live if row["cosine"] >= limit]
         low = ", ".join(f"{row['site']} {row['cosine']:.3f}" for row in live if row["cosine"] < limit) or "none"
-        without = next(row["cosine"] for row in records(table) if row["null"] == null and row["site"] == NONE)
-        told.append(f"{null} prompt: {len(high)} of {len(live)} sites (without injection {without:.3f}); below: {low}")
-        if null == settings.nulls[0]:
-            holds = len(high) == len(live)
-    return Verdict(rule, holds, "; ".join(told))
+        without = next(row["cosine"] for row in records(table)
+                       if (row["donor"], row["null"], row["site"]) == (OWN, null, NONE))  # fmt: skip
+        noise = [row["cosine"] for row in records(table) if (row["donor"], row["null"]) == (CONTROL, null)]
+        beside = f", with noise as large at most {max(noise):.3f}" if noise else ""
+        told.append(f"{null} prompt: {len(high)} of {len(live)} sites (without injection {without:.3f}{beside}); "
+                    f"below: {low}")  # fmt: skip
+        holds = holds and len(high) == len(live)
+    return Verdict("every-site", holds, "; ".join(told))
 
 
 def _flagged(context: Context, settings: Settings, table: pd.DataFrame) -> Verdict:
-    limit = threshold(context, "flagged")
-    rows = [row for row in records(table) if row["donor"] == "own" and row["null"] == settings.nulls[0]
-            and row["site"] != NONE and row["cosine"] >= limit]  # fmt: skip
-    if not rows:
+    """Judged under every null prompt: an injection that brings the episode back and is not replay contradicts it."""
+    limit, told, holds = threshold(context, "flagged"), [], []
+    for null in settings.nulls:
+        rows = [row for row in records(table) if row["donor"] == OWN and row["null"] == null
+                and row["site"] != NONE and row["cosine"] >= limit]  # fmt: skip
+        others = [row for row in rows if row["label"] != REPLAY]
+        holds += [not others] if rows else []
+        named = ", ".join(f"{row['site']} ({row['label']}{', prompts cut' if row['cuts_prompt'] else ''})"
+                          for row in others) or "none"  # fmt: skip
+        told.append(f"{null} prompt: {len(rows) - len(others)} of {len(rows)} injections that bring it back are "
+                    f"replay; not replay: {named}")  # fmt: skip
+    if not holds:
         return Verdict("flagged", None, "no injection brings the episode back: there is nothing to flag")
-    others = [row for row in rows if row["label"] != REPLAY]
-    named = ", ".join(row["site"] for row in others) or "none"
-    cut = sum(bool(row["cuts_prompt"]) for row in others)
-    return Verdict(
-        "flagged",
-        not others,
-        f"{len(rows) - len(others)} of {len(rows)} injections that bring it back are replay; not replay: {named}"
-        + (f"; {cut} of these cut every path from the prompt, and all else is the donor's own here" if others else ""),
-    )
+    return Verdict("flagged", all(holds), "; ".join(told))
 
 
 def _replays_unrelated(context: Context, table: pd.DataFrame) -> Verdict:
     limit = threshold(context, "unrelated")
-    rows = [row for row in records(table) if row["donor"] == "unrelated" and row["label"] == REPLAY]
+    rows = [row for row in records(table) if row["donor"] == UNRELATED and row["label"] == REPLAY]
     if not rows:
         return Verdict("unrelated", None, "no whole residual stream is replay under this prompt")
     each = ", ".join(f"{row['site']}: {row['cosine']:.3f}, {row['identical']:.0%} identical" for row in rows)
@@ -294,61 +322,63 @@ def _goes_to_the_old_place(context: Context, moved: pd.DataFrame | None) -> Verd
         {arm: float(np.mean([row[column] for row in rows])) for arm, rows in parts.items()}
         for column in ("at_old_place", "to_old")
     )
-    return Verdict(
+    at = {arm: {Scene(row["task"], row["seed"]): row["at_old_place"] for row in rows} for arm, rows in parts.items()}
+    return settle(
         "moved",
         old[MOVED] >= limit,
-        f"when its source grasps, replay is at the old place in {old[MOVED]:.0%} ({distance[MOVED]:.3f} m from it), "
+        [paired_p(at[MOVED], at[BASELINE.name])],
+        f"when its source grasps, replay is over the old place in {old[MOVED]:.0%} ({distance[MOVED]:.3f} m from it), "
         f"the policy without injection in {old[BASELINE.name]:.0%} ({distance[BASELINE.name]:.3f} m)",
     )
 
 
 def _figures(table: pd.DataFrame) -> dict[str, Any]:
-    own = keep(table, lambda row: row["donor"] == "own")
+    rows = [{**row, "prompt": row["null"] if row["donor"] == OWN else f"{row['null']}, {row['donor']}"}
+            for row in records(table) if row["donor"] != UNRELATED]  # fmt: skip
+    shown = pd.DataFrame(rows)
     return {
         "cosine": (
-            heat_map(own, "site", "null", "cosine", "Action cosine with the donor", limits=(0, 1), form=".3f"),
+            heat_map(shown, "site", "prompt", "cosine", "Action cosine with the donor", centre=0.0, limits=(-1, 1),
+                     form=".3f"),
             "Cosine of the actions in closed loop with those of the episode that the values came from, under prompts "
-            "that say nothing.",
+            "that say nothing; noise: as large as what was injected, in its place. Hatched: not run.",
         ),
         "success": (
-            heat_map(own, "site", "null", "success", "Success", limits=(0, 1)),
+            heat_map(shown, "site", "prompt", "success", "Success", limits=(0, 1)),
             "Success of the task that the prompt no longer names.",
         ),
-    }
+    }  # fmt: skip
 
 
 def _labels(table: pd.DataFrame) -> list[str]:
-    meaning = {
-        REPLAY: "two observations lead to the same actions, bit for bit: they are made of the donor's values, and "
-        "are no evidence of what the model does with what it sees",
-        DEAD_END: "no action depends on what is replaced: what comes out is the run without injection",
-    }
     found: dict[tuple[str, str], list[str]] = {}
     for row in records(table):
-        if row["donor"] == "own" and row["label"] in meaning:
+        if row["donor"] == OWN:
             found.setdefault((row["label"], row["site"]), []).append(row["null"])
     nulls = {row["null"] for row in records(table)}
-    named = {key: "" if set(each) == nulls else f" ({' and '.join(each)} prompt only)" for key, each in found.items()}
-    cut = sorted({row["site"] for row in records(table) if row["cuts_prompt"] and row["label"] not in meaning})
+    named = [(site + ("" if set(each) == nulls else f" ({' and '.join(each)} prompt only)"), label)
+             for (label, site), each in found.items()]  # fmt: skip
+    cut = sorted({f"{row['site']} ({row['null']} prompt)" for row in records(table)
+                  if row["cuts_prompt"] and row["label"] not in (REPLAY, CUT_SET, DEAD_END)})  # fmt: skip
     prompts = [f"prompt cut (prompts alone make no difference, but what else is seen does; here that is the donor's "
                f"own, so its episode comes back): {', '.join(cut)}"]  # fmt: skip
-    return [
-        f"{label} ({text}): " + ", ".join(f"{site}{said}" for (each, site), said in named.items() if each == label)
-        for label, text in meaning.items() if any(each == label for each, _ in named)
-    ] + (prompts if cut else [])  # fmt: skip
+    return badges(named) + (prompts if cut else [])
 
 
-def _notes(settings: Settings, table: pd.DataFrame, moved: pd.DataFrame | None) -> list[str]:
+def _notes(settings: Settings, moved: pd.DataFrame | None) -> list[str]:
     notes = [
         "Whole values are injected at every step of the episode and every denoise step; after the donor's last step, "
         "its last values.",
         "Networks that hide padding hide what is injected where the empty prompt has padding: no residual edit reaches "
         "that mask. The filler prompt has as many tokens as the own one, and hides nothing.",
+        "Noise stands in for what is injected: as long at every token and step as what the donor would change, in one "
+        "direction for each token of an episode. Where the injection changes nothing, noise does not either.",
+        "Over the old place: within half a block along both axes of the table, and nearer to it than to the new one.",
         "Starts and the policy's noise are the donor's own, so a site that is not a cut set brings an episode back as "
         "far as its values decide what the prompt would have.",
-        "The unrelated donor has another task and another seed; where actions are made from noise, its noise is "
-        "injected too: without it, a flow-matching expert ends elsewhere by the difference of the two noises. "
-        "Actions are moves: from another start, the same ones end elsewhere (to_source).",
+        "The unrelated donor, run under the first null prompt only, has another task and seed; where actions are "
+        "made from noise, its noise is injected too: without it, a flow-matching expert ends elsewhere by the "
+        "difference of the two noises. Actions are moves: from another start, the same ones end elsewhere (to_source).",
     ]
     if settings.moved and moved is None:
         notes.append(f"Objects of the suite {settings.suite!r} cannot be moved: this control was not run.")

@@ -2,7 +2,7 @@
 their sources.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.hooks.names import resolve
 from hooked_vla.inputs import ModelInputs
 from hooked_vla.interventions.injection import Injection
-from hooked_vla.interventions.injection_reach import Reach, find_reach
+from hooked_vla.interventions.injection_reach import CUT_SET, DEAD_END, REPLAY, Reach, find_reach
 from hooked_vla.interventions.injection_sites import choose_sites
 from hooked_vla.rollouts.acting import prepare
 from hooked_vla.rollouts.activations import ActivationRecorder, ActivationWatcher
 from hooked_vla.rollouts.arms import BASELINE
 from hooked_vla.rollouts.cells import Scene, spread_scenes
-from hooked_vla.rollouts.experiments.compare import Normalize, Runs, cosine, read_runs
+from hooked_vla.rollouts.experiments.compare import Normalize, Runs, cosine, join, override, read_runs
 from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.kinds.battery_runs import settings_in
 from hooked_vla.rollouts.injection import MAX_BYTES, Source, load_donors, open_recording, sources_of
@@ -27,6 +28,9 @@ from hooked_vla.rollouts.noise import SeededNoise
 from hooked_vla.rollouts.settings import Options, constant_text
 from hooked_vla.rollouts.suites import get_suite
 from hooked_vla.vla import HookedVLA
+
+with needs_analysis_extra():
+    import pandas as pd
 
 # with the noise, what the expert has seen is all that actions are made of
 NOISE = "expert.hook_noisy_actions"
@@ -154,6 +158,12 @@ def fillers(context: Context, suite: str, scenes: Sequence[Scene]) -> dict[Scene
 # Episodes beside their sources.
 
 
+def _pick(runs: Runs, rows: Sequence[int], arms: Sequence[str]) -> Runs:
+    """Some episodes of a sweep, under other names of arms."""
+    states, actions, chunks = ([each[row] for row in rows] for each in (runs.states, runs.actions, runs.chunks))
+    return Runs(runs.episodes.iloc[list(rows)].assign(arm=list(arms)), states, actions, chunks)
+
+
 def cut(runs: Runs, lengths: Sequence[int]) -> Runs:
     """Every episode as far as its first so many steps: where it stood when its source had ended."""
     return Runs(
@@ -174,6 +184,27 @@ def rows_of(runs: Runs, arm: str) -> list[int]:
 
 def scene_of(runs: Runs, row: int) -> Scene:
     return Scene(str(runs.episodes["task"].iloc[row]), int(runs.episodes["seed"].iloc[row]))
+
+
+def overrides(
+    runs: Runs, donors: Mapping[str, tuple[Recorded, Mapping[Scene, int]]], layout: Any, normalize: Normalize
+) -> pd.DataFrame:
+    """`override` of every arm's episodes, each as far as its source went; donors: of every arm, whose order is kept.
+
+    What comes after the source's last step is not the source's doing.
+    """
+    own = {scene_of(runs, row): row for row in rows_of(runs, BASELINE.name)}
+    parts = []
+    for arm, (source, found) in donors.items():
+        rows = rows_of(runs, arm)
+        both = [*rows, *(own[scene_of(runs, row)] for row in rows)]
+        lengths = [source.length(found[scene_of(runs, row)]) for row in both]
+        mine = cut(_pick(runs, both, [arm] * len(rows) + ["own"] * len(rows)), lengths)
+        theirs = _pick(source.runs, range(len(source.runs.episodes)), ["source"] * len(source.runs.episodes))
+        triples = [(i, len(both) + source.row(found[scene_of(runs, row)]), len(rows) + i)
+                   for i, row in enumerate(rows)]  # fmt: skip
+        parts.append(override(join(mine, theirs), triples, layout, normalize))
+    return pd.concat(parts, ignore_index=True)
 
 
 def likeness(
@@ -210,12 +241,17 @@ def gate(runs: Runs, limit: float, arm: str = BASELINE.name) -> str | None:
     return None if success >= limit else f"the arm {arm!r} succeeds in {success:.0%}: a floor effect, not judged"
 
 
+# What an injection can show.
+
+
 @dataclass(frozen=True)
 class Starts:
-    """How the first and the last episode of a suite start, as the model's inputs. seed: the first one's."""
+    """How the first and the last episode of a suite start, as the model's inputs. prompted: the first one with another
+    prompt; None for a model that reads none. seed: the first one's."""
 
     first: ModelInputs
     second: ModelInputs
+    prompted: ModelInputs | None
     seed: int
 
 
@@ -223,19 +259,55 @@ def starts_of(context: Context, suite: str, episodes: int, text: str | None = No
     """The first and the last of the episodes' starts; text: what both are told, None for their own instructions.
 
     Where the second's own has another number of tokens than the first's, both are told the first's: masks, which no
-    injection reaches, would tell them apart.
+    injection reaches, would tell them apart. Whether they do is what `prompted` tries: it is told the own instruction
+    in place of `text`, or else one of the suite's that has another number of tokens, where there is such.
     """
     seen = context.observations(suite, episodes)
-    first, second = (inputs_of(context, suite, each.frame, text) for each in (seen[0], seen[-1]))
-    if text is None and hasattr(first, "token_mask") and count_tokens(first) != count_tokens(second):
-        second = inputs_of(context, suite, seen[-1].frame, seen[0].frame["instruction"])
-    return Starts(first, second, seen[0].seed)
+    here, there = seen[0].frame, seen[-1].frame
+    first, second = (inputs_of(context, suite, frame, text) for frame in (here, there))
+    if not hasattr(first, "token_mask"):
+        return Starts(first, second, None, seen[0].seed)
+    own = here["instruction"]
+    if text is not None:
+        return Starts(first, second, inputs_of(context, suite, here, own), seen[0].seed)
+    if count_tokens(first) != count_tokens(second):
+        second = inputs_of(context, suite, there, own)
+    others = [task.instruction for task in get_suite(suite).tasks if task.instruction != own]
+    prompted = [inputs_of(context, suite, here, each) for each in others]
+    prompted.sort(key=lambda inputs: count_tokens(inputs) == count_tokens(first))
+    return Starts(first, second, prompted[0] if prompted else None, seen[0].seed)
 
 
 def reach_of(context: Context, source: Recorded, episode: int, injection: Injection, starts: Starts) -> Reach:
-    """What an injection from a recorded episode's first step shows, by running two starts as rollouts would."""
+    """What an injection from a recorded episode's first step shows, by running starts as rollouts would."""
     model = context.model
     sites = resolve(list(injection.sites), list(model.points))
     donor = load_donors(open_recording(source.folder), [episode], sites, injection, MAX_BYTES, "reach")[episode]
     noise = SeededNoise.of(model, starts.first)([starts.seed], 0)
-    return find_reach(model, injection, donor, starts.first, starts.second, noise, 0)
+    return find_reach(model, injection, donor, starts.first, starts.second, noise, 0, starts.prompted)
+
+
+def reach_row(found: Reach) -> dict[str, Any]:
+    """What was found as columns: what names tell (cut_set, dead_end_by_name), what running shows (label; cuts_prompt:
+    two starts that differ in the prompt alone lead to the same actions), and whether these agree."""
+    return {
+        "cut_set": found.cut or "", "label": found.label, "cuts_prompt": bool(found.cuts_prompt),
+        "dead_end_by_name": found.dead_end, "agrees": found.agrees,
+    }  # fmt: skip
+
+
+MEANING = {
+    REPLAY: "other scenes and other prompts of this run lead to the same actions, bit for bit: they are made of the "
+    "donor's values, and are no evidence of what the model does with what it sees",
+    CUT_SET: "other scenes lead to the same actions, bit for bit, but another prompt does not: the mask that hides "
+    "padding still tells how long it is, and no injection reaches that",
+    DEAD_END: "no action depends on what is replaced: what comes out is the run without injection",
+}
+
+
+def badges(found: Iterable[tuple[str, str]]) -> list[str]:
+    """What a reader must know first. found: an injection's name, and its label."""
+    by_label: dict[str, list[str]] = {}
+    for name, label in found:
+        by_label.setdefault(label, []).append(name)
+    return [f"{label} ({text}): {', '.join(by_label[label])}" for label, text in MEANING.items() if label in by_label]

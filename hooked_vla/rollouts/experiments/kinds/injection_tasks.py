@@ -6,7 +6,8 @@ the donor's object moved, replay goes to the old place.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,6 @@ import numpy as np
 from hooked_vla.analysis.metrics import SOURCE
 from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.interventions.injection import HOLD, Injection
-from hooked_vla.interventions.injection_reach import REPLAY
 from hooked_vla.rollouts.arms import BASELINE, Arm
 from hooked_vla.rollouts.cells import Scene
 from hooked_vla.rollouts.experiments.compare import (
@@ -24,7 +24,6 @@ from hooked_vla.rollouts.experiments.compare import (
     compare,
     join,
     layout_of,
-    override,
     read_runs,
     rerun,
     summarise_override,
@@ -38,40 +37,59 @@ from hooked_vla.rollouts.experiments.kinds.injection_moved import (
     can_move,
     first_places,
     moved_suite,
-    nearer_places,
+    place_at_grasp,
 )
 from hooked_vla.rollouts.experiments.kinds.injection_runs import (
     Recorded,
-    cut,
+    badges,
     gate,
+    overrides,
     reach_of,
+    reach_row,
     record,
-    rows_of,
     scene_of,
     scenes_of,
     sites_in,
     starts_of,
     turned_tasks,
+    with_noise,
 )
+from hooked_vla.rollouts.experiments.kinds.injection_scores import paired_p, settle
 from hooked_vla.rollouts.experiments.outcome import Outcome, Verdict
-from hooked_vla.rollouts.injection import Donors, InjectionArm, Told, ToldArm, same_start
+from hooked_vla.rollouts.injection import (
+    Donors,
+    InjectionArm,
+    Told,
+    ToldArm,
+    cross_seed,
+    same_scene,
+    same_start,
+)
+from hooked_vla.rollouts.matched_noise import noise_of
 from hooked_vla.rollouts.suites import get_suite
 
 with needs_analysis_extra():
     import pandas as pd
 
 SOURCE_PROMPT = "source prompt, no injection"
+# forms of the names of arms besides the injections with the own prompt
+CROSS_PROMPT, SAME_SCENE, CROSS_SEED = "source prompt: {}", "same scene: {}", "cross seed: {}"
 
 
 @dataclass(frozen=True)
 class Settings:
     """episodes: of each arm. suite: whose tasks share a scene. shift: the donor of task i does task i + shift.
-    injected: what is injected, as `choose_sites` takes it; judged: the one of them that the rules are about.
+    injected: what is injected, as `choose_sites` takes it; judged: the one of them that the rules are about, which is
+    also run from donors of the same scene and, where cross_seed, of the same task from another seed. controls: those
+    that get one of noise; cross_prompt: those that are also run with the source's prompt; both by glob.
     max_steps: after which an episode has failed. gate: the least success of the baseline."""
 
     episodes: int
     injected: tuple[str, ...]
     judged: str = "expert"
+    controls: tuple[str, ...] = ("*",)
+    cross_prompt: tuple[str, ...] = ()
+    cross_seed: bool = True
     suite: str = "goal"
     shift: int = 4
     max_steps: int = 72
@@ -84,11 +102,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Setup:
-    """What is injected by text, the recorded sources, and every scene's donor among them."""
+    """What is injected by text; the recorded sources, and every scene's donor among them; and the scenes' own
+    episodes."""
 
     sites: Mapping[str, list[str]]
     source: Recorded
     donors: Donors
+    own: Recorded
 
     def told(self, suite: str) -> Told:
         """The donor's instruction, for every scene."""
@@ -97,10 +117,18 @@ class Setup:
             {scene: get_suite(suite).task(tasks[episode]).instruction for scene, episode in self.donors.items()}
         )
 
-    def arms(self, texts: Sequence[str]) -> list[Arm]:
-        return [
-            InjectionArm(text, self.source.folder, Injection(self.sites[text], HOLD), self.donors) for text in texts
-        ]
+    def arm(self, text: str) -> InjectionArm:
+        """An injection with the own prompt."""
+        return InjectionArm(text, self.source.folder, Injection(self.sites[text], HOLD), self.donors)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """An arm, and the episodes that it is set against."""
+
+    arm: Arm
+    source: Recorded
+    donors: Donors
 
 
 def run(context: Context, settings: Settings) -> Outcome:
@@ -109,25 +137,27 @@ def run(context: Context, settings: Settings) -> Outcome:
     if not sites:
         raise ValueError(f"{context.model_name} has none of {list(settings.injected)}: {'; '.join(lacking)}")
     setup = set_up(context, settings, sites)
-    main = _run_arms(context, settings, setup)
+    planned = plan(context, settings, setup)
+    main = _run_arms(context, settings, planned)
     layout, normalize = layout_of(settings.suite), action_normalizer(context.model)
     reach = context.table("reach", lambda: _reach(context, settings, setup))
-    each = _overrides(settings, setup, main, layout, normalize)
-    table = _summary(each, reach)
+    each = _overrides(setup, planned, main, layout, normalize)
+    compared = compare(main, layout, normalize, seed=context.seed)
+    table = _summary(each, reach, compared)
     moved = _moved(context, settings, setup) if can_move(settings.suite) and settings.judged in sites else None
-    tables = {"success": compare(main, layout, normalize, seed=context.seed), "reach": reach, "episodes": each}
+    tables = {"success": compared, "reach": reach, "episodes": each}
     if moved is not None:
         tables["moved_object"] = moved
     return Outcome(
         main=table,
-        verdicts=_verdicts(context, settings, setup, main, each, moved),
+        verdicts=_verdicts(context, settings, setup, main, each, compared, moved),
         tables=tables,
         figures={
             "endpoints": (endpoint_figure(each, "Where episodes end when their source has ended"), _CAPTION),
-            "success": (success_bars(tables["success"], reference=BASELINE.name), "Success of the own task."),
+            "success": (success_bars(compared, reference=BASELINE.name), "Success of the own task."),
         },
-        labels=_labels(reach),
-        notes=[*_NOTES, *lacking, *_unmoved(settings, moved)],
+        labels=badges((row["injected"], row["label"]) for row in records(reach)),
+        notes=[*_NOTES, *lacking, *_left_out(settings, setup, moved)],
     )
 
 
@@ -142,22 +172,57 @@ _NOTES = [
     "lenient published definition of an override (cos_src > cos_dst), source / ambiguous / destination the strict one "
     "with a margin of .05; cos_src_dst says what the cosines are worth.",
     "The arm that is told the source's prompt, without any injection, does what its source did: arms that are told it "
-    "say nothing of injection, so all others are told their own task.",
+    "say nothing of injection, and are shown beside it only (source prompt: ...). All others are told their own task.",
+    "Noise stands in for what is injected: as long at every token and step as what the donor would change, in one "
+    "direction for each token of an episode.",
+    "same scene: the donor is the episode's own run, which must change nothing. cross seed: the donor has the same "
+    "task and another start, and gives its noise too, where actions are made from noise.",
+    "Over the old place: within half a block along both axes of the table, and nearer to it than to the new one.",
 ]
 
 
 def set_up(context: Context, settings: Settings, sites: Mapping[str, list[str]]) -> Setup:
-    """Record the sources: the same starts, each with another task."""
+    """Record the sources: the same starts, each with another task; and the scenes' own runs."""
     every = list(dict.fromkeys(site for each in sites.values() for site in each))
     tasks = turned_tasks(settings.suite, settings.shift)
     options = limited(context, settings.max_steps)
     source = record(context, "source", settings.suite, every, settings.episodes, options, tasks)
-    return Setup(sites, source, same_start(source.sources, scenes_of(context, settings.suite, settings.episodes)))
+    # sites that the model lacks are not judged: then what there is stands in
+    judged = with_noise(context.model, sites.get(settings.judged, every))
+    own = record(context, "own", settings.suite, judged, settings.episodes, options)
+    scenes = scenes_of(context, settings.suite, settings.episodes)
+    return Setup(sites, source, same_start(source.sources, scenes), own)
 
 
-def _run_arms(context: Context, settings: Settings, setup: Setup) -> Runs:
-    arms = [BASELINE, ToldArm(SOURCE_PROMPT, [setup.told(settings.suite)]), *setup.arms(list(setup.sites))]
+def plan(context: Context, settings: Settings, setup: Setup) -> list[Planned]:
+    """All arms of the main sweep, in the order of the tables, with whom each is set against."""
+
+    def chosen(globs: Sequence[str]) -> list[str]:
+        return [text for text in setup.sites if any(fnmatchcase(text, glob) for glob in globs)]
+
+    told = setup.told(settings.suite)
+    arms: list[Arm] = [BASELINE, ToldArm(SOURCE_PROMPT, [told])]
+    for text in setup.sites:
+        arms += [setup.arm(text), *([noise_of(setup.arm(text))] if text in chosen(settings.controls) else [])]
+    arms += [replace(setup.arm(text), name=CROSS_PROMPT.format(text), told=[told])
+             for text in chosen(settings.cross_prompt)]  # fmt: skip
+    found = [Planned(arm, setup.source, setup.donors) for arm in arms]
+    if settings.judged not in setup.sites:
+        return found
+    scenes, own = list(setup.donors), setup.own
+    wanted = [(SAME_SCENE, setup.sites[settings.judged], same_scene)]
+    if settings.cross_seed:
+        wanted.append((CROSS_SEED, with_noise(context.model, setup.sites[settings.judged]), cross_seed))
+    for form, sites, choose in wanted:
+        donors = choose(own.sources, scenes)
+        arm = InjectionArm(form.format(settings.judged), own.folder, Injection(sites, HOLD), donors)
+        found.append(Planned(arm, own, donors))
+    return found
+
+
+def _run_arms(context: Context, settings: Settings, planned: Sequence[Planned]) -> Runs:
     options = limited(context, settings.max_steps)
+    arms = [each.arm for each in planned]
     done = context.rollouts("main", settings.suite, arms, settings.episodes, options=options)
     again = rerun(context, "rerun", settings.suite, settings.episodes, options=options)
     return join(read_runs(done), read_runs(again, {BASELINE.name: RERUN}))
@@ -169,31 +234,28 @@ def _reach(context: Context, settings: Settings, setup: Setup) -> pd.DataFrame:
     episode, rows = setup.donors[next(iter(setup.donors))], []
     for text, sites in setup.sites.items():
         found = reach_of(context, setup.source, episode, Injection(sites, HOLD), starts)
-        rows.append({"injected": text, "sites": len(sites), "cut_set": found.cut or "", "label": found.label,
-                     "dead_end_by_name": found.dead_end, "agrees": found.agrees})  # fmt: skip
+        rows.append({"injected": text, "sites": len(sites), **reach_row(found)})
     return pd.DataFrame(rows)
 
 
-def _overrides(settings: Settings, setup: Setup, main: Runs, layout: Any, normalize: Any) -> pd.DataFrame:
-    """`override` of every arm's episodes, each as far as its source went."""
-    source = setup.source.runs
-    named = Runs(source.episodes.assign(arm="source"), source.states, source.actions, source.chunks)
-    lengths = [setup.source.length(setup.donors[scene_of(main, row)]) for row in range(len(main.episodes))]
-    both, offset = join(cut(main, lengths), named), len(main.episodes)
-    own = {scene_of(main, row): row for row in rows_of(main, BASELINE.name)}
-    arms = [BASELINE.name, RERUN, SOURCE_PROMPT, *setup.sites]
-    triples = [
-        (row, offset + setup.source.row(setup.donors[scene_of(main, row)]), own[scene_of(main, row)])
-        for arm in arms for row in rows_of(main, arm)
-    ]  # fmt: skip
-    return override(both, triples, layout, normalize)
+def _overrides(setup: Setup, planned: Sequence[Planned], main: Runs, layout: Any, normalize: Any) -> pd.DataFrame:
+    """`override` of every arm's episodes, each as far as its source went; the rerun stands behind the baseline."""
+    donors: dict[str, tuple[Recorded, Donors]] = {}
+    for each in planned:
+        donors[each.arm.name] = each.source, each.donors
+        if each.arm is BASELINE:
+            donors[RERUN] = each.source, each.donors
+    return overrides(main, donors, layout, normalize)
 
 
-def _summary(each: pd.DataFrame, reach: pd.DataFrame) -> pd.DataFrame:
-    """Shares and means by arm, with what running showed of its injection."""
+def _summary(each: pd.DataFrame, reach: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
+    """Shares and means by arm, with what running showed of its injection, and the standard comparison's columns."""
     labels = {row["injected"]: row["label"] for row in records(reach)}
     table = summarise_override(each)
     table.insert(2, "label", [labels.get(arm, "") for arm in table["arm"]])
+    rows = {row["arm"]: row for row in records(compared)}
+    for at, name in enumerate(("success_low", "success_high", "holm_p", "displacement", "floor")):
+        table.insert(5 + at, name, [rows[arm][name] for arm in table["arm"]])
     return table
 
 
@@ -204,7 +266,7 @@ def _moved(context: Context, settings: Settings, setup: Setup) -> pd.DataFrame:
     """
     tasks = {source.episode: source.scene.task for source in setup.source.sources}
     moved = {scene.task: block_of(settings.suite, tasks[episode]) for scene, episode in setup.donors.items()}
-    arms = [ToldArm(SOURCE_PROMPT, [setup.told(settings.suite)]), *setup.arms([settings.judged])]
+    arms = [ToldArm(SOURCE_PROMPT, [setup.told(settings.suite)]), setup.arm(settings.judged)]
     done = context.rollouts(
         "moved", moved_suite(settings.suite, moved), arms, settings.episodes,
         options=limited(context, settings.max_steps),
@@ -216,16 +278,21 @@ def _moved(context: Context, settings: Settings, setup: Setup) -> pd.DataFrame:
     for row in range(len(runs.episodes)):
         scene, episode = scene_of(runs, row), int(runs.episodes["episode"].iloc[row])
         block, states = moved[scene.task], setup.source.runs.states[setup.source.row(setup.donors[scene])]
-        found = nearer_places(runs, row, states, np.array(before[scene][block][:2]), now[episode][block])
+        found = place_at_grasp(runs, row, states, np.array(before[scene][block][:2]), now[episode][block])
         if found is not None:
             arm = str(runs.episodes["arm"].iloc[row])
-            rows.append({"arm": arm, "task": scene.task, "seed": scene.seed, "block": block, **found,
-                         "at_old_place": found["to_old"] < found["to_new"]})  # fmt: skip
+            rows.append({"arm": arm, "task": scene.task, "seed": scene.seed, "block": block, **found})  # fmt: skip
     return pd.DataFrame(rows)
 
 
 def _verdicts(
-    context: Context, settings: Settings, setup: Setup, main: Runs, each: pd.DataFrame, moved: pd.DataFrame | None
+    context: Context,
+    settings: Settings,
+    setup: Setup,
+    main: Runs,
+    each: pd.DataFrame,
+    compared: pd.DataFrame,
+    moved: pd.DataFrame | None,
 ) -> list[Verdict]:
     why = gate(main, settings.gate) or gate(setup.source.runs, settings.gate)
     if why is None and settings.judged not in setup.sites:
@@ -234,7 +301,7 @@ def _verdicts(
         return [Verdict(rule, None, why) for rule in context.rules]
     return [
         _ends_at_source(context, settings, each),
-        _fails(context, settings, each),
+        _fails(context, settings, compared),
         _goes_to_the_old_place(context, settings, moved),
     ]
 
@@ -247,23 +314,41 @@ def _share(table: pd.DataFrame, column: str) -> float:
     return float(np.mean([row[column] for row in records(table)]))
 
 
+def _by_scene(table: pd.DataFrame, arm: str, column: str) -> dict[Scene, Any]:
+    return {Scene(row["task"], row["seed"]): row[column] for row in records(table) if row["arm"] == arm}
+
+
 def _ends_at_source(context: Context, settings: Settings, each: pd.DataFrame) -> Verdict:
+    """Tested against what ends there anyway: noise as large, or else the episode without injection."""
     limit, mine = threshold(context, "ends-at-source"), _of(each, settings.judged)
     share, told = _share(mine, "ends_at_source"), _of(each, SOURCE_PROMPT)
-    return Verdict(
+    noise = f"noise: {settings.judged}"
+    control = noise if noise in set(each["arm"]) else BASELINE.name
+    said = ", ".join(f"{arm} {_share(_of(each, arm), 'ends_at_source'):.0%}"
+                     for arm in dict.fromkeys((control, BASELINE.name)))  # fmt: skip
+    pair = [_by_scene(each, arm, "ends_at_source") for arm in (settings.judged, control)]
+    return settle(
         "ends-at-source",
         share >= limit,
+        [paired_p(*pair)],
         f"{settings.judged}: {share:.0%} end nearer to the source's end ({_share(mine, 'to_source'):.3f} m from it, "
         f"{_share(mine, 'to_destination'):.3f} m from the own); lenient override {_share(mine, 'follows_source'):.0%}, "
-        f"strict {float(np.mean([row['three_way'] == SOURCE for row in records(mine)])):.0%}; without injection, "
-        f"told the source's prompt: {_share(told, 'ends_at_source'):.0%}",
+        f"strict {float(np.mean([row['three_way'] == SOURCE for row in records(mine)])):.0%}; controls: {said}; told "
+        f"the source's prompt, without injection: {_share(told, 'ends_at_source'):.0%}",
     )
 
 
-def _fails(context: Context, settings: Settings, each: pd.DataFrame) -> Verdict:
-    limit = threshold(context, "fails")
-    share, own = (_share(_of(each, arm), "success") for arm in (settings.judged, BASELINE.name))
-    return Verdict("fails", share <= limit, f"{settings.judged}: success {share:.0%}, without injection {own:.0%}")
+def _fails(context: Context, settings: Settings, compared: pd.DataFrame) -> Verdict:
+    limit, rows = threshold(context, "fails"), {row["arm"]: row for row in records(compared)}
+    mine, noise = rows[settings.judged], rows.get(f"noise: {settings.judged}")
+    beside = "" if noise is None else f", noise as large {noise['success']:.0%}"
+    return settle(
+        "fails",
+        mine["success"] <= limit,
+        [mine["holm_p"]],
+        f"{settings.judged}: success {mine['success']:.0%} ({mine['success_low']:.0%} to {mine['success_high']:.0%}), "
+        f"without injection {rows[BASELINE.name]['success']:.0%}{beside}",
+    )
 
 
 def _goes_to_the_old_place(context: Context, settings: Settings, moved: pd.DataFrame | None) -> Verdict:
@@ -272,26 +357,23 @@ def _goes_to_the_old_place(context: Context, settings: Settings, moved: pd.DataF
         return Verdict("moved", None, "objects of this suite cannot be moved, or no source grasps one")
     old = {arm: _share(_of(moved, arm), "at_old_place") for arm in (settings.judged, SOURCE_PROMPT)}
     near = {arm: _share(_of(moved, arm), "to_old") for arm in old}
-    return Verdict(
+    return settle(
         "moved",
         old[settings.judged] >= limit,
-        f"when its source grasps, {settings.judged} is at the old place in {old[settings.judged]:.0%} "
+        [paired_p(*(_by_scene(moved, arm, "at_old_place") for arm in old))],
+        f"when its source grasps, {settings.judged} is over the old place in {old[settings.judged]:.0%} "
         f"({near[settings.judged]:.3f} m from it); told the source's prompt without injection, in "
         f"{old[SOURCE_PROMPT]:.0%} ({near[SOURCE_PROMPT]:.3f} m)",
     )
 
 
-def _labels(reach: pd.DataFrame) -> list[str]:
-    found: dict[str, list[str]] = {}
-    for row in records(reach):
-        found.setdefault(row["label"], []).append(row["injected"])
-    return [f"{label}: {', '.join(texts)}" for label, texts in found.items() if label != "open"] + (
-        [f"{REPLAY}: what ends at the source's place is the source's actions, not what the model makes of its values"]
-        if REPLAY in found else []
-    )  # fmt: skip
-
-
-def _unmoved(settings: Settings, moved: pd.DataFrame | None) -> list[str]:
-    if moved is not None:
-        return []
-    return [f"Objects of the suite {settings.suite!r} were not moved: only the tabletop's can be."]
+def _left_out(settings: Settings, setup: Setup, moved: pd.DataFrame | None) -> list[str]:
+    """What was not run, and why."""
+    found = []
+    if moved is None:
+        found.append(f"Objects of the suite {settings.suite!r} were not moved: only the tabletop's can be.")
+    if not settings.cross_seed:
+        found.append("Donors of another seed were not run: no two of these episodes have one task.")
+    if bare := [text for text in setup.sites if not any(fnmatchcase(text, glob) for glob in settings.controls)]:
+        found.append(f"Without a control of noise: {', '.join(bare)}.")
+    return found

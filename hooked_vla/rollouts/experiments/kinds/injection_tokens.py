@@ -5,8 +5,10 @@ seen; then tokens of one segment of the instructed run, and nothing else, are pu
 into what the expert reads of the prefix. As many random tokens that are not language are the control.
 """
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.hooks import names as hook_names
 from hooked_vla.inputs import LANGUAGE, PAD, Segments
 from hooked_vla.interventions.injection import HOLD, Injection
-from hooked_vla.interventions.injection_reach import DEAD_END, REPLAY, is_dead_end
+from hooked_vla.interventions.injection_reach import DEAD_END, is_dead_end
 from hooked_vla.interventions.injection_sites import PREFIX_KV, choose_sites, residual_sites
 from hooked_vla.rollouts.activation_reader import ActivationRecording
 from hooked_vla.rollouts.arms import BASELINE, Arm
@@ -31,15 +33,28 @@ from hooked_vla.rollouts.experiments.compare import (
     rerun,
 )
 from hooked_vla.rollouts.experiments.context import Context
-from hooked_vla.rollouts.experiments.figures import curve, success_bars
+from hooked_vla.rollouts.experiments.figures import success_bars
 from hooked_vla.rollouts.experiments.kinds.battery_runs import limited, records, threshold
+from hooked_vla.rollouts.experiments.kinds.injection_figures import dodged
 from hooked_vla.rollouts.experiments.kinds.injection_runs import (
     Recorded,
+    badges,
     fillers,
     gate,
     reach_of,
     record,
+    rows_of,
+    scene_of,
     starts_of,
+)
+from hooked_vla.rollouts.experiments.kinds.injection_scores import (
+    Scores,
+    first_cosines,
+    mean_score,
+    paired_p,
+    settle,
+    share_restored,
+    successes,
 )
 from hooked_vla.rollouts.experiments.outcome import Outcome, Verdict
 from hooked_vla.rollouts.injection import InjectionArm, Told, ToldArm, open_recording, same_scene
@@ -49,28 +64,33 @@ with needs_analysis_extra():
 
 NULL, RANDOM = "null", "random"
 EVERY = "every layer"
+LAYERS, KV = "layers", "kv"
+EMBEDDING, SINGLE = "embedding", "one layer"
 
 
 @dataclass(frozen=True)
 class Settings:
     """episodes: of each arm. suite: whose tasks share a scene. max_steps: after which an episode has failed. segments:
-    of the token axis, besides language; those that a site does not have are left out there. gate: the least success of
-    the baseline. draws: sets of random tokens for each place."""
+    of the token axis, besides language; several joined by "+"; those that a site does not have are left out there.
+    gate: the least success of the baseline. draws: sets of random tokens for each place."""
 
     episodes: int
     suite: str = "goal"
     max_steps: int = 72
-    segments: tuple[str, ...] = ("image:*",)
+    segments: tuple[str, ...] = ("image:*", "language+image:*")
     gate: float = 0.9
     draws: int = 1
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where tokens are injected. depth: of its layer along vlm and expert, None for what is not one layer."""
+    """Where tokens are injected. kind: "embedding", where language tokens are word embeddings; "one layer", what a
+    block leaves; "layers", all of these of the first stream; "kv", what the expert reads of the prefix. depth: of a
+    layer along vlm and expert, None for others."""
 
     name: str
     sites: tuple[str, ...]
+    kind: str
     depth: int | None
 
 
@@ -92,11 +112,12 @@ def run(context: Context, settings: Settings) -> Outcome:
     places = find_places(context, recording)
     injected = injections(places, recording, settings)
     main = _run_arms(context, settings, source, injected)
-    compared = compare(main, layout_of(settings.suite), action_normalizer(context.model), seed=context.seed)
-    table = restored(compared, injected, _reach(context, settings, source, injected))
+    layout, normalize = layout_of(settings.suite), action_normalizer(context.model)
+    compared, scored = compare(main, layout, normalize, seed=context.seed), Scored.of(main, layout, normalize)
+    table = restored(compared, injected, _reach(context, settings, source, injected), scored, context.seed)
     return Outcome(
         main=table,
-        verdicts=_verdicts(context, settings, source, table),
+        verdicts=_verdicts(context, settings, source, table, scored),
         figures=_figures(table),
         labels=_labels(table),
         notes=_notes(settings, context, places),
@@ -111,23 +132,26 @@ def _prefix(context: Context) -> list[str]:
 
 
 def find_places(context: Context, recording: ActivationRecording) -> list[Place]:
-    """Every residual site with language tokens, in order; all those of the vlm together; and the prefix's keys and
-    values, where the expert reads such.
+    """Every residual site with language tokens, in order; all blocks' outputs of the first stream together; and the
+    prefix's keys and values, where the expert reads such.
 
-    Raises ValueError where no residual site has language tokens.
+    The first site is the embedding: injecting language tokens there is telling the instruction, whatever the model
+    does with it. It is a control, and no part of "every layer".
+    Raises ValueError where no residual site behind the embedding has language tokens.
     """
 
     def has_language(site: str) -> bool:
         return LANGUAGE in _segments(recording, site).present()
 
-    single = [site for site in residual_sites(context.model) if has_language(site)]
-    if not single:
-        raise ValueError(f"no residual stream of {context.model_name} has language tokens")
-    found = [Place(site, (site,), depth) for depth, site in enumerate(single)]
-    way = hook_names.pathway(single[0])
-    found.append(Place(f"{way}, {EVERY}", tuple(site for site in single if site.startswith(f"{way}.")), None))
+    first, *layers = [site for site in residual_sites(context.model) if has_language(site)] or [""]
+    if not layers:
+        raise ValueError(f"no residual stream of {context.model_name} has language tokens behind the embedding")
+    found = [Place(first, (first,), EMBEDDING, None)]
+    found += [Place(site, (site,), SINGLE, depth) for depth, site in enumerate(layers)]
+    way = hook_names.pathway(first)
+    found.append(Place(f"{way}, {EVERY}", tuple(site for site in layers if site.startswith(f"{way}.")), LAYERS, None))
     if sites := [site for site in _prefix(context) if has_language(site)]:
-        found.append(Place(f"prefix keys and values, {EVERY}", tuple(sites), None))
+        found.append(Place(f"prefix keys and values, {EVERY}", tuple(sites), KV, None))
     return found
 
 
@@ -150,16 +174,17 @@ def random_tokens(recording: ActivationRecording, site: str, seed: int) -> tuple
 
 
 def injections(places: Sequence[Place], recording: ActivationRecording, settings: Settings) -> dict[str, Injected]:
-    """What every arm injects, by its name."""
+    """What every arm injects, by its name. Random tokens are drawn for each place, and are the same in all episodes."""
     found = {}
     for place in places:
         present = _segments(recording, place.sites[0]).present()
-        for segment in (LANGUAGE, *settings.segments):
-            if any(name == segment or (segment.endswith("*") and name.startswith(segment[:-1])) for name in present):
-                injection = Injection(place.sites, HOLD, tokens=segment)
-                found[f"{segment}: {place.name}"] = Injected(segment, place, injection)
+        for text in (LANGUAGE, *settings.segments):
+            parts = tuple(text.split("+"))
+            if all(any(fnmatchcase(name, part) for name in present) for part in parts):
+                found[f"{text}: {place.name}"] = Injected(text, place, Injection(place.sites, HOLD, tokens=parts))
         for draw in range(settings.draws):
-            chosen = Injection(place.sites, HOLD, positions=random_tokens(recording, place.sites[0], draw))
+            seed = zlib.crc32(f"{place.name} {draw}".encode())
+            chosen = Injection(place.sites, HOLD, positions=random_tokens(recording, place.sites[0], seed))
             found[f"{RANDOM} {draw + 1}: {place.name}"] = Injected(RANDOM, place, chosen)
     return found
 
@@ -185,75 +210,131 @@ def _reach(
     return {name: reach_of(context, source, episode, each.injection, starts).label for name, each in injected.items()}
 
 
-def restored(table: pd.DataFrame, injected: Mapping[str, Injected], reach: Mapping[str, str]) -> pd.DataFrame:
-    """The comparison with what each arm is: tokens, place, depth, what running showed of it (label), and restored, the
-    share of what the null prompt took of the success that came back; NaN where it took nothing."""
-    base, null = (next(row["success"] for row in records(table) if row["arm"] == arm) for arm in (BASELINE.name, NULL))
+@dataclass(frozen=True)
+class Scored:
+    """What every arm comes to, scene by scene: success, and the cosine of its first actions with the instructed
+    run's."""
+
+    success: Mapping[str, Scores]
+    first: Mapping[str, Scores]
+
+    @classmethod
+    def of(cls, runs: Runs, layout: Any, normalize: Any) -> "Scored":
+        own = {scene_of(runs, row): row for row in rows_of(runs, BASELINE.name)}
+        arms = list(dict.fromkeys(runs.episodes["arm"]))
+        return cls(
+            {arm: successes(runs, arm) for arm in arms},
+            {arm: first_cosines(runs, arm, runs, own, layout, normalize) for arm in arms},
+        )
+
+    def shares(self, arm: str, seed: int) -> dict[str, float]:
+        """What an arm restores of success (restored) and of the first chunk (first_restored), with intervals by task,
+        as columns; first_low, first_high: of the first chunk's cosine."""
+        found = {}
+        for name, each in (("restored", self.success), ("first_restored", self.first)):
+            values = share_restored(each[arm], each[NULL], each[BASELINE.name], seed)
+            found |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
+        _, low, high = mean_score(self.first[arm], seed)
+        return {**found, "first_low": low, "first_high": high}
+
+
+def restored(
+    table: pd.DataFrame, injected: Mapping[str, Injected], reach: Mapping[str, str], scored: Scored, seed: int
+) -> pd.DataFrame:
+    """The comparison with what each arm is: tokens, place, depth, what running showed of it (label); restored, the
+    share of what the null prompt took of the success that came back, and first_restored, the same of the first chunk's
+    cosine with the instructed run (NaN where it took nothing); null_p: McNemar's p-value against the null prompt."""
     rows = []
     for row in records(table):
-        each = injected.get(row["arm"])
+        each, arm = injected.get(row["arm"]), row["arm"]
         depth = None if each is None else each.place.depth
-        share = (row["success"] - null) / (base - null) if base > null else float("nan")
         named = {
             "tokens": "" if each is None else each.tokens,
             "place": "" if each is None else each.place.name,
+            "kind": "" if each is None else each.place.kind,
             "depth": float("nan") if depth is None else float(depth),
-            "label": reach.get(row["arm"], ""),
-            "restored": share,
+            "label": reach.get(arm, ""),
+            **scored.shares(arm, seed),
+            "null_p": paired_p(scored.success[arm], scored.success[NULL]),
         }
-        rows.append({"suite": row["suite"], "arm": row["arm"], **named, **row})
+        rows.append({"suite": row["suite"], "arm": arm, **named, **row})
     return pd.DataFrame(rows).astype(dict.fromkeys(FLAGS, "boolean"))
 
 
-def _verdicts(context: Context, settings: Settings, source: Recorded, table: pd.DataFrame) -> list[Verdict]:
+def _verdicts(
+    context: Context, settings: Settings, source: Recorded, table: pd.DataFrame, scored: Scored
+) -> list[Verdict]:
     why, rows = gate(source.runs, settings.gate), records(table)
     null = next(row for row in rows if row["arm"] == NULL)
     if why is None and null["difference"] > -0.5:
         why = f"the null prompt costs {-null['difference']:.0%} of the success only: there is no goal to restore"
     if why is not None:
         return [Verdict(rule, None, why) for rule in context.rules]
-    return [_restores(context, rows), _beats_random(context, rows), _fuses(context, rows)]
+    return [
+        _restores(context, "language-layers", LAYERS, rows),
+        _restores(context, "language-kv", KV, rows),
+        _beats_random(context, rows, scored),
+        _fuses(context, rows),
+    ]
 
 
-def _restores(context: Context, rows: Sequence[dict[str, Any]]) -> Verdict:
-    limit = threshold(context, "language-restores")
-    shares: dict[str, dict[str, float]] = {}
-    for row in rows:
-        if EVERY in row["place"] and row["tokens"] != RANDOM:
-            shares.setdefault(row["place"], {})[row["tokens"]] = row["restored"]
-    each = [f"{place}: " + ", ".join(f"{tokens} {share:.0%}" for tokens, share in found.items())
-            for place, found in shares.items()]  # fmt: skip
-    holds = all(found[LANGUAGE] >= limit for found in shares.values())
-    return Verdict("language-restores", holds, f"of what the null prompt took, {'; '.join(each)}")
+def _both(row: Mapping[str, Any]) -> str:
+    """What an arm restores, of success and of the first chunk."""
+    return f"{row['restored']:.0%} and {row['first_restored']:.0%}"
 
 
-def _beats_random(context: Context, rows: Sequence[dict[str, Any]]) -> Verdict:
-    limit, means = threshold(context, "random-does-not"), {}
-    for place in dict.fromkeys(row["place"] for row in rows if EVERY in row["place"]):
-        means[place] = [
-            float(np.mean([row["restored"] for row in rows if row["place"] == place and row["tokens"] == tokens]))
-            for tokens in (LANGUAGE, RANDOM)
-        ]
-    said = ", ".join(f"{place}: language {a:.0%}, random {b:.0%}" for place, (a, b) in means.items())
-    return Verdict("random-does-not", all(a - b >= limit for a, b in means.values()), said)
+def _restores(context: Context, rule: str, kind: str, rows: Sequence[dict[str, Any]]) -> Verdict:
+    """Judged on success and on the first chunk: success alone hides what comes close to it."""
+    limit, mine = threshold(context, rule), [row for row in rows if row["kind"] == kind]
+    language = next((row for row in mine if row["tokens"] == LANGUAGE), None)
+    if language is None:
+        return Verdict(rule, None, "the model's expert reads no keys and values of a prefix with language tokens")
+    said = ", ".join(f"{row['arm'].partition(':')[0] if row['tokens'] == RANDOM else row['tokens']} {_both(row)}"
+                     for row in mine)  # fmt: skip
+    control = next(row for row in rows if row["kind"] == EMBEDDING and row["tokens"] == LANGUAGE)
+    return settle(
+        rule,
+        min(language["restored"], language["first_restored"]) >= limit,
+        [language["null_p"]],
+        f"of success and of the first chunk's likeness, {said}; language between {language['restored_low']:.0%} and "
+        f"{language['restored_high']:.0%} of success; at the embedding, which is telling it, {_both(control)}",
+    )
+
+
+def _beats_random(context: Context, rows: Sequence[dict[str, Any]], scored: Scored) -> Verdict:
+    rule = "random-does-not"
+    limit, said, passes, p_values = threshold(context, rule), [], [], []
+    for place in dict.fromkeys(row["place"] for row in rows if row["kind"] in (LAYERS, KV)):
+        mine = [row for row in rows if row["place"] == place]
+        language = next(row for row in mine if row["tokens"] == LANGUAGE)
+        random = [row for row in mine if row["tokens"] == RANDOM]
+        means = {name: float(np.mean([row[name] for row in random])) for name in ("restored", "first_restored")}
+        said.append(f"{place}: language {_both(language)}, random {_both(means)}")
+        passes += [language[name] - mean >= limit for name, mean in means.items()]
+        p_values += [paired_p(scored.success[language["arm"]], scored.success[row["arm"]]) for row in random]
+    return settle(rule, all(passes), p_values, f"of success and of the first chunk's likeness, {'; '.join(said)}")
 
 
 def _fuses(context: Context, rows: Sequence[dict[str, Any]]) -> Verdict:
-    """Whether there is a layer down to which, and not below which, language tokens alone restore the goal."""
+    """Whether there is a layer down to which, and not below which, language tokens alone restore the goal; from the
+    first block's output on, since at the embedding they always do."""
     limit = threshold(context, "fusion-depth")
-    line = [row for row in rows if row["tokens"] == LANGUAGE and row["depth"] == row["depth"]]
+    line = [row for row in rows if row["tokens"] == LANGUAGE and row["kind"] == SINGLE]
     line = sorted((row for row in line if row["label"] != DEAD_END), key=lambda row: row["depth"])
-    said = ", ".join(f"{row['place']} {row['restored']:.0%}" for row in line)
-    enough = [row["restored"] >= limit for row in line]
+    images = {row["place"]: f", image tokens {_both(row)}" for row in rows
+              if row["tokens"] == "image:*" and row["kind"] == SINGLE}  # fmt: skip
+    said = "; ".join(f"{row['place']} {_both(row)}{images.get(row['place'], '')}" for row in line)
+    said = f"of success and of the first chunk's likeness, {said}"
+    enough = [min(row["restored"], row["first_restored"]) >= limit for row in line]
     if not any(enough):
-        return Verdict("fusion-depth", False, f"nowhere do language tokens alone restore {limit:.0%}: {said}")
+        return Verdict("fusion-depth", False, f"behind no block do language tokens alone restore {limit:.0%}: {said}")
     n = sum(enough)
     holds = all(enough[:n]) and n < len(line)
     return Verdict("fusion-depth", holds, f"language tokens alone do at {n} of {len(line)} places: {said}")
 
 
 def _figures(table: pd.DataFrame) -> dict[str, Any]:
-    rows = [row for row in records(table) if row["depth"] == row["depth"]]
+    rows = [row for row in records(table) if row["kind"] in (EMBEDDING, SINGLE)]
     short = [row["place"].replace(".blocks", "").replace(".hook_resid", "") for row in rows]
     kinds = [
         f"{RANDOM} {row['arm'].split()[1].rstrip(':')}" if row["tokens"] == RANDOM else row["tokens"] for row in rows
@@ -261,19 +342,20 @@ def _figures(table: pd.DataFrame) -> dict[str, Any]:
     line = pd.DataFrame(
         [{**row, "layer": name, "tokens": kind} for row, name, kind in zip(rows, short, kinds, strict=True)]
     )
-    null = next(row["success"] for row in records(table) if row["arm"] == NULL)
+    null = next(row for row in records(table) if row["arm"] == NULL)
     shown = success_bars(table, group=None, reference=BASELINE.name, title="Success under a prompt that says nothing")
-    drawn = curve(
-        line, "layer", "success", "tokens", "success_low", "success_high", "Fusion depth", ylabel="success",
-        floor=null, floor_label="nothing injected",
-    )  # fmt: skip
-    chunk = curve(
-        line, "layer", "first_cosine", "tokens", title="First chunk", ylabel="action cosine with the instructed run",
-        floor=next(row["first_cosine"] for row in records(table) if row["arm"] == NULL), floor_label="nothing injected",
+    drawn, chunk = (
+        dodged(line, "layer", value, "tokens", low, high, title, ylabel=name, floor=null[value],
+               floor_label="nothing injected")
+        for value, low, high, title, name in (
+            ("success", "success_low", "success_high", "Fusion depth", "success"),
+            ("first_cosine", "first_low", "first_high", "First chunk", "action cosine with the instructed run"),
+        )
     )  # fmt: skip
     return {
         "first_chunk": (chunk, "The first actions, which all arms plan from the same state: their cosine with those of "
-                        "the instructed run. Cosines leave the gripper out."),
+                        "the instructed run, with 95 % intervals by tasks. Cosines leave the gripper out. The first "
+                        "place is the embedding, where language tokens are the instruction itself."),
         "fusion_depth": (drawn, "Success when tokens of the instructed run are injected into one place of the residual "
                          "stream, by segment, or as many random ones as language has; Wilson's 95 % intervals."),
         "success": (shown, "Success of every arm; dashed: the baseline, which is told its task."),
@@ -281,11 +363,7 @@ def _figures(table: pd.DataFrame) -> dict[str, Any]:
 
 
 def _labels(table: pd.DataFrame) -> list[str]:
-    found: dict[str, list[str]] = {}
-    for row in records(table):
-        if row["label"] in (REPLAY, DEAD_END):
-            found.setdefault(row["label"], []).append(row["arm"])
-    return [f"{label}: {'; '.join(arms)}" for label, arms in found.items()]
+    return badges((row["arm"], row["label"]) for row in records(table))
 
 
 def _notes(settings: Settings, context: Context, places: Sequence[Place]) -> list[str]:
@@ -295,9 +373,14 @@ def _notes(settings: Settings, context: Context, places: Sequence[Place]) -> lis
         "At the stream's first place, language tokens are word embeddings: injecting them is telling the instruction. "
         "What is deeper down also carries what these tokens have read, of the donor's images and state; and a prompt "
         "that states the robot's state has its tokens in this segment too.",
-        f"Random tokens are drawn {settings.draws} time(s) for each place, of the tokens that are neither language nor "
-        "padding: the same ones at every step and in every episode.",
-        "restored: (success - success under the null prompt) / (baseline - success under the null prompt).",
+        f"Random tokens are drawn {settings.draws} time(s) for each place anew, of the tokens that are neither "
+        "language nor padding: the same ones at every step and in every episode.",
+        "restored: (success - success under the null prompt) / (baseline - success under the null prompt). "
+        "first_restored: the same of the first chunk's cosine with the instructed run, which is 1 for the baseline. "
+        "Success may stay at 0 while the first actions are nearly those of the instructed run: both are judged.",
+        "Language tokens behind all blocks, but not at the embedding: what block 0 lets other tokens read of the "
+        "instruction is not restored by them. All tokens that are read together (language and images) show whether "
+        "what is injected there can decide at all.",
     ]
     dead = [place.name for place in places if is_dead_end(context.model, list(place.sites))]
     if dead:

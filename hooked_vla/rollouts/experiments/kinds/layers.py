@@ -15,15 +15,18 @@ from hooked_vla.analysis.ablation import (
     reaches_action,
     skips_exactly,
 )
+from hooked_vla.analysis.statistics import mcnemar
 from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.hooks import names as hook_names
 from hooked_vla.interventions import EditArm, cut_set
 from hooked_vla.rollouts.activations import ActivationRecorder, ActivationRecording, ActivationWatcher
 from hooked_vla.rollouts.arms import BASELINE
-from hooked_vla.rollouts.experiments.compare import by_task
+from hooked_vla.rollouts.experiments.compare import Runs, by_task
 from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.figures import heat_map
 from hooked_vla.rollouts.experiments.kinds.battery_runs import (
+    ALPHA,
+    changes,
     compare_suites,
     gate_note,
     keep,
@@ -32,6 +35,7 @@ from hooked_vla.rollouts.experiments.kinds.battery_runs import (
     run_suite,
     threshold,
 )
+from hooked_vla.rollouts.experiments.kinds.layers_agreement import agreement_cells, agreement_figure, agreement_table
 from hooked_vla.rollouts.experiments.outcome import Outcome, Verdict
 
 with needs_analysis_extra():
@@ -45,7 +49,8 @@ _APART = 50_000
 class Settings:
     """episodes: of each arm. source_episodes: of the policy's own, from other starts, that means and tokens are taken
     from. kinds: of ablation. pathways: whose blocks; those that the model lacks are left out. every: only every so many
-    blocks of a pathway, from its first on. max_steps: after which an episode has failed."""
+    blocks of a pathway, from its first on. max_steps: after which an episode has failed. pairs: of runs in which
+    estimates by gradients are held against exact patching, 0 for none; points: of integrated gradients."""
 
     episodes: int
     source_episodes: int
@@ -54,8 +59,12 @@ class Settings:
     pathways: tuple[str, ...] = ("vlm", "encoder", "adapter", "expert")
     every: int = 1
     max_steps: int = 72
+    pairs: int = 0
+    points: int = 8
 
     def __post_init__(self) -> None:
+        if self.pairs == 1 or self.pairs < 0:
+            raise ValueError(f"pairs must be 0, for none, or at least 2, got {self.pairs}")
         if unknown := [kind for kind in self.kinds if kind not in get_args(Ablation)]:
             raise ValueError(f"unknown kinds {unknown} of ablation; kinds: {list(get_args(Ablation))}")
         if self.every < 1:
@@ -80,14 +89,16 @@ def run(context: Context, settings: Settings) -> Outcome:
     table = compare_suites(context, [runs])
     for place, (column, i) in enumerate((("ablation", 0), ("block", 1)), start=2):
         table.insert(place, column, [cells[arm][i] if arm in cells else "" for arm in table["arm"]])
+    apart = contrasts(settings, runs, table)
+    tables, figures = _agreement(context, settings, alive)
     return Outcome(
         main=table,
         verdicts=[
             _zero_fatal(context, settings, table),
-            *(_graded(context, settings, table, kind) for kind in ("mean", "skip")),
+            *(_graded(context, settings, table, apart, kind) for kind in ("mean", "skip")),
         ],
-        tables={"tasks": by_task(runs)},
-        figures=_figures(context, keep(table, lambda row: row["arm"] in cells)),
+        tables={"contrasts": apart, "tasks": by_task(runs), **tables},
+        figures={**_figures(context, keep(table, lambda row: row["arm"] in cells)), **figures},
         labels=_labels(context, blocks, alive),
         notes=_notes(context, settings, alive),
     )  # fmt: skip
@@ -130,6 +141,42 @@ def _cells(table: pd.DataFrame, kind: str) -> list[dict[str, Any]]:
     return [row for row in records(table) if row["ablation"] == kind]
 
 
+def _agreement(
+    context: Context, settings: Settings, alive: Sequence[str]
+) -> tuple[dict[str, pd.DataFrame], dict[str, tuple[Any, str]]]:
+    """How estimates of patches by gradients agree with exact patching in these blocks."""
+    if not settings.pairs:
+        return {}, {}
+    cells = context.table(
+        "patches", lambda: agreement_cells(context, settings.suite, alive, settings.pairs, settings.points)
+    )
+    table = agreement_table(cells)
+    return {"agreement": table, "patches": cells}, {"agreement": agreement_figure(cells, table)}
+
+
+def contrasts(settings: Settings, runs: Runs, table: pd.DataFrame) -> pd.DataFrame:
+    """For every kind of ablation the blocks in which success is least and most, and McNemar's test between the two.
+
+    adjusted_p: times the number of pairs of blocks, of which these were chosen (Bonferroni).
+    """
+    rows = []
+    for kind in settings.kinds:
+        ordered = sorted(_cells(table, kind), key=lambda row: row["success"])
+        if len(ordered) < 2:
+            continue
+        low, high = ordered[0], ordered[-1]
+        change, _ = changes(runs, settings.suite, [high["arm"]], than=low["arm"])
+        only = [int((change == sign).sum()) for sign in (1, -1)]
+        p = mcnemar(change[:, 0] > 0, change[:, 0] < 0).p_value
+        pairs = len(ordered) * (len(ordered) - 1) // 2
+        rows.append(
+            {"ablation": kind, "least": low["block"], "most": high["block"], "spread": high["success"] - low["success"],
+             "only_most": only[0], "only_least": only[1], "p": p, "pairs": pairs, "adjusted_p": min(1.0, p * pairs)}
+        )  # fmt: skip
+    names = ["ablation", "least", "most", "spread", "only_most", "only_least", "p", "pairs", "adjusted_p"]
+    return pd.DataFrame(rows, columns=names)
+
+
 def _zero_fatal(context: Context, settings: Settings, table: pd.DataFrame) -> Verdict:
     rule, limit = "zero-fatal", threshold(context, "zero-fatal")
     rows, why = _cells(table, "zero"), gate_note(table, settings.suite)
@@ -137,20 +184,31 @@ def _zero_fatal(context: Context, settings: Settings, table: pd.DataFrame) -> Ve
         return Verdict(rule, None, why or "zero was not run")
     survive = [f"{row['block']} {row['success']:.0%}" for row in rows if row["success"] > limit]
     mean = sum(row["success"] for row in rows) / len(rows)
-    said = f"success at most {limit:.0%} in {len(rows) - len(survive)} of {len(rows)} blocks, {mean:.0%} on the mean"
-    return Verdict(rule, not survive, said + (f"; above it: {', '.join(survive)}" if survive else ""))
+    said = (
+        f"success at most {limit:.0%} in {len(rows) - len(survive)} of {len(rows)} blocks, {mean:.0%} on the mean; the "
+        f"largest upper end of an interval is {max(row['success_high'] for row in rows):.0%}"
+    )
+    return Verdict(rule, not survive, said + (f"; above the rule's share: {', '.join(survive)}" if survive else ""))
 
 
-def _graded(context: Context, settings: Settings, table: pd.DataFrame, kind: str) -> Verdict:
+def _graded(context: Context, settings: Settings, table: pd.DataFrame, apart: pd.DataFrame, kind: str) -> Verdict:
+    """Whether blocks differ by as much as the rule says, and by more than the extremes of so many blocks do by
+    chance."""
     rule = f"{kind}-graded"
     limit, rows, why = threshold(context, rule), _cells(table, kind), gate_note(table, settings.suite)
-    if why or len(rows) < 2:
+    found = [row for row in records(apart) if row["ablation"] == kind]
+    if why or not found:
         return Verdict(rule, None, why or f"{kind} was run in {len(rows)} blocks: nothing to compare")
-    ordered = sorted(rows, key=lambda row: row["success"])
-    spread = ordered[-1]["success"] - ordered[0]["success"]
-    ends = ", ".join(f"{row['block']} {row['success']:.0%}" for row in (ordered[0], ordered[-1]))
-    each = ", ".join(f"{row['block']} {row['success']:.0%}" for row in rows)
-    return Verdict(rule, spread >= limit, f"from {ends}: {100 * spread:.0f} pp apart ({each})")
+    ends, each = found[0], ", ".join(f"{row['block']} {row['success']:.0%}" for row in rows)
+    sure = ends["adjusted_p"] < ALPHA
+    holds = False if ends["spread"] < limit else True if sure else None
+    few = "" if holds is not None else "; too few episodes to tell that from chance: undecided"
+    return Verdict(
+        rule,
+        holds,
+        f"{ends['most']} and {ends['least']} are {100 * ends['spread']:.0f} pp apart (McNemar p = {ends['p']:.2g}, "
+        f"{ends['adjusted_p']:.2g} for {ends['pairs']} pairs of blocks; {each}){few}",
+    )
 
 
 def _figures(context: Context, cells: pd.DataFrame) -> dict[str, tuple[Any, str]]:
@@ -188,6 +246,13 @@ def _notes(context: Context, settings: Settings, alive: Sequence[str]) -> list[s
         f"Means are of each place of the stream (and each denoise step) over {settings.source_episodes} of the "
         "policy's own episodes from other starts.",
     ]
+    if settings.pairs:
+        notes.append(
+            "Estimates by gradients are of patches from a run that is told another task, in every segment of what each "
+            "block hands on, writes, asks and offers; effects are shares of the way to the other run's actions. An "
+            "estimate misses a cell that is in the quarter with the largest exact effects and in the lower half of "
+            "its own. GradDrop's are magnitudes and are held against magnitudes."
+        )
     if normed := [block for block in alive if not skips_exactly(context.model, block)]:
         ways = ", ".join(dict.fromkeys(hook_names.pathway(block) for block in normed))
         notes.append(f"Blocks of {ways} are post-norm: where they are skipped, their norms are left.")

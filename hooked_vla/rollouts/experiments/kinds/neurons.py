@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from hooked_vla.analysis.lens import (
     Vocabulary,
     cluster_neurons,
@@ -20,15 +22,14 @@ from hooked_vla.analysis.lens import (
 )
 from hooked_vla.analysis.neurons import Neurons, activation_scales, contrast_neurons
 from hooked_vla.extras import needs_analysis_extra
-from hooked_vla.hooks.model import HookRequest
 from hooked_vla.hooks.names import layer
 from hooked_vla.inputs import ModelInputs
 from hooked_vla.interventions import EditArm
 from hooked_vla.rollouts.acting import prepare
 from hooked_vla.rollouts.arms import BASELINE, Arm
-from hooked_vla.rollouts.cells import Cell
 from hooked_vla.rollouts.experiments.compare import GATE, RERUN, mean_with_interval, rerun
 from hooked_vla.rollouts.experiments.context import Context
+from hooked_vla.rollouts.experiments.intervals import decide, undecided
 from hooked_vla.rollouts.experiments.kinds.battery_runs import records, settings_in, threshold
 from hooked_vla.rollouts.experiments.kinds.neurons_shifts import (
     CONTRAST,
@@ -44,6 +45,7 @@ from hooked_vla.rollouts.experiments.kinds.neurons_shifts import (
     shift_table,
 )
 from hooked_vla.rollouts.experiments.outcome import Outcome, Verdict
+from hooked_vla.rollouts.injection import Told, ToldArm
 from hooked_vla.rollouts.suites import get_suite
 
 with needs_analysis_extra():
@@ -73,23 +75,6 @@ class Settings:
     def __post_init__(self) -> None:
         if unknown := [word for word in self.words if word not in STYLES]:
             raise ValueError(f"no style of the tabletop is said by {unknown}; words: {list(STYLES)}")
-
-
-@dataclass(frozen=True)
-class ToldArm:
-    """Episodes that are told this instruction instead of their own."""
-
-    name: str
-    instruction: str
-
-    def describe(self) -> Mapping[str, Any]:
-        return {"kind": "told", "instruction": self.instruction}
-
-    def hooks(self, rows: Sequence[Cell]) -> Sequence[HookRequest]:
-        return ()
-
-    def observe(self, cell: Cell, env_step: int, frame: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {**frame, "instruction": self.instruction}
 
 
 def run(context: Context, settings: Settings) -> Outcome:
@@ -171,7 +156,7 @@ def _run_word(
     tasks = {task.id: task.instruction for task in get_suite(SUITE).tasks}
     style = STYLES[word]
     arms: dict[str, tuple[Arm, str, float]] = {
-        PROMPT: (ToldArm(PROMPT, tasks[style.task]), PROMPT, float("nan")),
+        PROMPT: (ToldArm(PROMPT, [Told(tasks[style.task])]), PROMPT, float("nan")),
     }
     sham = [chosen[NEURONS].random(context.model, seed) for seed in range(settings.n_random)]
     sets = [*chosen.items(), *((RANDOM, each) for each in sham)]
@@ -224,13 +209,17 @@ def _verdicts(context: Context, shifts: pd.DataFrame, doses: Mapping[Key, float]
     said, unsaid = (_judge(context, rows, usual, doses, prompt, NEURONS) for prompt in (SAID, UNSAID))
     other, other_unsaid = (_judge(context, rows, usual, doses, prompt, CONTRAST) for prompt in (SAID, UNSAID))
     limits = [threshold(context, rule) for rule in ("said-shift", "unsaid-weak")]
+    steers = said.steers(limits[0])
+    text = f"{unsaid.text}. {_BESIDE}: {other_unsaid.text}"
+    weak = None
+    if not steers:
+        text = f"nothing steers with style words either, so that weak says nothing. {text}"
+    elif unsaid.words:
+        weak = decide(unsaid.low, unsaid.high, limits[1], below=True)
+        text += undecided(weak)
     return [
-        Verdict("said-shift", said.steers(limits[0]), f"{said.text}. {_BESIDE}: {other.text}"),
-        Verdict(
-            "unsaid-weak",
-            unsaid.share < limits[1] if unsaid.words else None,
-            f"{unsaid.text}. {_BESIDE}: {other_unsaid.text}",
-        ),
+        Verdict("said-shift", steers, f"{said.text}. {_BESIDE}: {other.text}"),
+        Verdict("unsaid-weak", weak, text),
     ]
 
 
@@ -239,17 +228,19 @@ _BESIDE = "Beside it, neurons that differ between the two prompts"
 
 @dataclass(frozen=True)
 class _Judged:
-    """Mean shift of chosen neurons as a share of what the words in the prompt do, its low end, and random neurons'."""
+    """Mean shift of chosen neurons as a share of what the words in the prompt do, with its interval; beyond: by how
+    much it exceeds that of random neurons in the same episodes, low end of the interval."""
 
     share: float
     low: float
-    random: float
+    high: float
+    beyond: float
     words: tuple[str, ...]
     text: str
 
     def steers(self, least: float) -> bool:
-        """Whether the shift is as large as `least`, and its interval above what random neurons do."""
-        return self.share >= least and self.low > self.random
+        """Whether the shift is as large as `least`, and above that of random neurons in the same episodes."""
+        return self.share >= least and self.beyond > 0
 
 
 def _judge(
@@ -259,26 +250,31 @@ def _judge(
     """The words with a dose that leaves the policy working, on held-out episodes; the others count as no shift."""
     words = tuple(word for word in usual if (word, prompt, found_by) in doses)
     if not words:
-        return _Judged(0.0, 0.0, 0.0, (), "the policy fails at every dose of every word: there is nothing to steer")
-    means = {}
-    for kind in (found_by, RANDOM):
-        part = [
-            row for row in rows
-            if row["held_out"] and row["prompt"] == prompt and row["arm_kind"] == kind
-            and row["dose"] == doses.get((row["word"], prompt, found_by))
-        ]  # fmt: skip
-        shares = [row["shift"] / usual[row["word"]] for row in part]
-        means[kind] = mean_with_interval(shares, [(row["word"], row["seed"]) for row in part], context.seed)
-    (share, low, high), random = means[found_by], means[RANDOM]
+        text = "the policy fails at every dose of every word: there is nothing to steer"
+        return _Judged(0.0, 0.0, 0.0, 0.0, (), text)
+    shares: dict[str, dict[tuple[str, int], list[float]]] = {found_by: {}, RANDOM: {}}
+    for row in rows:
+        dose = doses.get((row["word"], prompt, found_by))
+        if row["held_out"] and row["prompt"] == prompt and row["arm_kind"] in shares and row["dose"] == dose:
+            mine = shares[row["arm_kind"]].setdefault((row["word"], row["seed"]), [])
+            mine.append(row["shift"] / usual[row["word"]])
+    scenes = list(shares[found_by])
+    both = np.array([[np.mean(shares[kind][scene]) for kind in (found_by, RANDOM)] for scene in scenes])
+    # what is asked is the mean over all words, those with a broken policy among them
+    both *= len(words) / len(usual)
+    names = [f"{word} {seed}" for word, seed in scenes]
+    (share, low, high), random, apart = (
+        mean_with_interval(each, names, context.seed) for each in (both[:, 0], both[:, 1], both[:, 0] - both[:, 1])
+    )
     each = ", ".join(f"{word} × {doses[word, prompt, found_by]:g}" for word in words)
     broken = ", ".join(word for word in usual if word not in words)
     text = (
         f"{share:+.0%} ({low:+.0%} to {high:+.0%}) of what the word in the prompt does, random neurons "
-        f"{random[0]:+.0%} ({random[1]:+.0%} to {random[2]:+.0%}); doses {each}"
+        f"{random[0]:+.0%} ({random[1]:+.0%} to {random[2]:+.0%}), in the same episodes {apart[0]:+.0%} more "
+        f"({apart[1]:+.0%} to {apart[2]:+.0%}); doses {each}"
     )
     text += f"; the policy fails at every dose of {broken}, which counts as no shift" if broken else ""
-    part = len(words) / len(usual)
-    return _Judged(share * part, low * part, random[0] * part, words, text)
+    return _Judged(share, low, high, apart[1], words, text)
 
 
 def _clusters(context: Context, vocabulary: Vocabulary) -> pd.DataFrame:

@@ -2,11 +2,13 @@
 is left of that once the size of the change, the number of calls and the distance to the output are counted.
 
 Donors are runs of another task from the same start, with the same noise. Controls: noise as large as the change, token
-by token; donors of other starts; the rerun's floor.
+by token, in one direction all along the episode (as a donor's change goes on in one way) or in another at every call;
+donors of other starts; the rerun's floor. Ratios are of means over the same episodes, with intervals by tasks.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -23,19 +25,20 @@ from hooked_vla.rollouts.experiments.compare import (
     Runs,
     join,
     layout_of,
-    mean_with_interval,
     path_distance,
     read_runs,
     rerun,
 )
 from hooked_vla.rollouts.experiments.context import Context
+from hooked_vla.rollouts.experiments.intervals import decide, interval_of, undecided
 from hooked_vla.rollouts.experiments.kinds.battery_runs import compare_suites, gate_note, limited, records, threshold
 from hooked_vla.rollouts.experiments.kinds.injection_runs import Recorded, record, rows_of, scene_of, turned_tasks
-from hooked_vla.rollouts.experiments.kinds.pathways_arms import DONOR, NOISE, RANDOM, MatchedNoiseArm
+from hooked_vla.rollouts.experiments.kinds.pathways_arms import CONDITIONS, DONOR, LASTS, NOISE, RANDOM, WHITE
 from hooked_vla.rollouts.experiments.kinds.pathways_chunks import chunk_sweep
 from hooked_vla.rollouts.experiments.kinds.pathways_figures import PER, by_distance, ratios
 from hooked_vla.rollouts.experiments.outcome import Outcome, Verdict
 from hooked_vla.rollouts.injection import InjectionArm, cross_task, open_recording, same_start
+from hooked_vla.rollouts.matched_noise import MatchedNoiseArm
 
 with needs_analysis_extra():
     import pandas as pd
@@ -68,18 +71,22 @@ def run(context: Context, settings: Settings) -> Outcome:
     main = context.rollouts("main", settings.suite, [BASELINE, *arms], settings.episodes, options=options)
     again = rerun(context, "rerun", settings.suite, settings.episodes, options=options)
     runs = join(read_runs(main), read_runs(again, {BASELINE.name: RERUN}))
-    change = context.table("change", lambda: _changes(source, turned, sites))
+    sizes = context.table("sizes", lambda: _sizes(source, turned, sites))
     chunks = context.table("chunks", lambda: chunk_sweep(context, settings.suite, settings.episodes, sites))
     chunks = _with_distance(model, chunks)
+    change = _changes(sizes)
     table = _compare(context, runs, cells, change)
-    gaps = _gaps(context, settings, runs, table)
+    moved = by_scene(settings, runs, cells, sizes)
+    gaps = _gaps(context, settings, moved)
+    beyond = _beyond(context, settings, moved)
     return Outcome(
         main=table,
-        verdicts=_verdicts(context, settings, table, gaps),
-        tables={"gaps": gaps, "change": change, "chunks": chunks},
+        verdicts=_verdicts(context, settings, table, gaps, beyond),
+        tables={"gaps": gaps, "beyond_noise": beyond, "change": change, "chunks": chunks},
         figures={
             "ratios": (ratios(gaps, settings.pathway), "How much farther the expert's injection moves the arm than the "
-                       f"{settings.pathway}'s, raw and per unit of what was changed; 1 is no difference."),
+                       f"{settings.pathway}'s, raw and per unit of what was changed, with 95 % intervals by tasks; 1 "
+                       "is no difference."),
             "distance": (by_distance(chunks), "First chunks: displacement over the number of blocks behind the site, "
                          "raw, and per unit of ‖Δh‖ and call."),
         },
@@ -107,19 +114,20 @@ def _arms(source: Recorded, turned: Recorded, sites: Sequence[str]) -> tuple[lis
     arms, cells = list[Arm](), dict[str, tuple[str, str]]()
     for site in sites:
         injection = Injection([site], HOLD)
-        for condition, kind, recorded, donors in (
-            (DONOR, InjectionArm, turned, near), (RANDOM, InjectionArm, source, far),
-            (NOISE, MatchedNoiseArm, turned, near),
-        ):  # fmt: skip
+        for condition in CONDITIONS:
             name = f"{condition} {site}"
             cells[name] = condition, site
-            arms.append(kind(name, recorded.folder, injection, donors))
+            recorded, donors = (source, far) if condition == RANDOM else (turned, near)
+            arms.append(
+                MatchedNoiseArm(name, recorded.folder, injection, donors, lasts=LASTS[condition])
+                if condition in LASTS else InjectionArm(name, recorded.folder, injection, donors)
+            )  # fmt: skip
     return arms, cells
 
 
-def _changes(source: Recorded, turned: Recorded, sites: Sequence[str]) -> pd.DataFrame:
+def _sizes(source: Recorded, turned: Recorded, sites: Sequence[str]) -> pd.DataFrame:
     """How large the injected change is before it has any effect: the donor's values less the episode's own, at the
-    environment steps that both have. One row a site and condition.
+    environment steps that both have. One row a site, condition and scene.
 
     change: ‖Δh‖ of all tokens of one call, mean over calls; relative: as part of ‖h‖; calls: of the site in one chunk.
     """
@@ -128,24 +136,36 @@ def _changes(source: Recorded, turned: Recorded, sites: Sequence[str]) -> pd.Dat
     rows = []
     for site in sites:
         for condition, recorded, donors in ((DONOR, turned, near), (RANDOM, source, far)):
-            pairs = [(own[scene], donors[scene]) for scene in source.scenes]
-            found = _change(source, recorded, site, pairs)
-            rows.append({"site": site, "condition": condition, **found})
-            if condition == DONOR:
-                rows.append({"site": site, "condition": NOISE, **found})
+            pairs = {scene: (own[scene], donors[scene]) for scene in source.scenes}
+            for scene, found in _size(source, recorded, site, pairs).items():
+                about = {"site": site, "task": scene.task, "seed": scene.seed}
+                # noise is as large as what the donor changes
+                same = (NOISE, WHITE) if condition == DONOR else ()
+                rows += [{**about, "condition": each, **found} for each in (condition, *same)]
     return pd.DataFrame(rows)
 
 
-def _change(source: Recorded, donors: Recorded, site: str, pairs: Sequence[tuple[int, int]]) -> dict[str, float]:
+def _size(
+    source: Recorded, donors: Recorded, site: str, pairs: Mapping[Scene, tuple[int, int]]
+) -> dict[Scene, dict[str, float]]:
     mine, theirs = open_recording(source.folder), open_recording(donors.folder)
-    there = set(theirs.keys(site))
-    keys = [(key, (donor, *key[1:])) for own, donor in pairs for key in mine.keys(site) if key[0] == own]
-    keys = [(a, b) for a, b in keys if b in there]
-    first = mine.fetch(site, [a for a, _ in keys]).flatten(1).double()
-    second = theirs.fetch(site, [b for _, b in keys]).flatten(1).double()
-    size = (second - first).norm(dim=1)
-    calls = len({step for (_, _, step), _ in keys})
-    return {"change": float(size.mean()), "relative": float((size / first.norm(dim=1)).mean()), "calls": float(calls)}
+    there, by_episode = set(theirs.keys(site)), {}
+    for key in mine.keys(site):
+        by_episode.setdefault(key[0], []).append(key)
+    found = {}
+    for scene, (own, donor) in pairs.items():
+        keys = [key for key in by_episode[own] if (donor, *key[1:]) in there]
+        first = mine.fetch(site, keys).flatten(1).double()
+        second = theirs.fetch(site, [(donor, *key[1:]) for key in keys]).flatten(1).double()
+        size = (second - first).norm(dim=1)
+        found[scene] = {"change": float(size.mean()), "relative": float((size / first.norm(dim=1)).mean()),
+                        "calls": float(len({key[2] for key in keys}))}  # fmt: skip
+    return found
+
+
+def _changes(sizes: pd.DataFrame) -> pd.DataFrame:
+    """`_sizes` on the mean over scenes: one row a site and condition."""
+    return _means(sizes, ["site", "condition"], ["change", "relative", "calls"])
 
 
 def blocks_after(model: HookedModel, site: str) -> int:
@@ -191,69 +211,130 @@ def _compare(context: Context, runs: Runs, cells: Mapping[str, tuple[str, str]],
     return pd.DataFrame(rows).astype({"blocks_after": "Int64"})
 
 
-def _gaps(context: Context, settings: Settings, runs: Runs, table: pd.DataFrame) -> pd.DataFrame:
-    """Displacement of the expert's injections ÷ that of the other pathway's, by condition and by what it is counted
-    per; difference, low, high: of the means, metres, with its interval over tasks (raw only)."""
-    rows = []
-    for condition in (DONOR, RANDOM, NOISE):
-        mine = [row for row in records(table) if row["condition"] == condition]
-        by_way = {way: [row for row in mine if row["pathway"] == way] for way in (EXPERT, settings.pathway)}
-        moved = {way: _by_scene(context, settings, runs, [row["arm"] for row in each]) for way, each in by_way.items()}
-        scenes = list(moved[EXPERT])
-        apart = [moved[EXPERT][scene] - moved[settings.pathway][scene] for scene in scenes]
-        _, low, high = mean_with_interval(apart, [scene.task for scene in scenes], context.seed)
-        for per in PER:
-            means = {way: float(np.mean([row[per] for row in each])) for way, each in by_way.items()}
-            raw = per == "displacement"
+def by_scene(settings: Settings, runs: Runs, cells: Mapping[str, tuple[str, str]], sizes: pd.DataFrame) -> pd.DataFrame:
+    """One row a scene, condition and pathway, means over its sites: displacement from the baseline's episode, metres,
+    and the same per each of PER."""
+    about = {(row["condition"], row["site"], row["task"], row["seed"]): row for row in records(sizes)}
+    layout, rows = layout_of(settings.suite), []
+    for arm, (condition, site) in cells.items():
+        for row in rows_of(runs, arm):
+            scene = scene_of(runs, row)
+            base = runs.row(BASELINE.name, scene.task, scene.seed)
+            moved, size = path_distance(runs, row, runs, base, layout), about[condition, site, scene.task, scene.seed]
             rows.append(
-                {"condition": condition, "per": per, EXPERT: means[EXPERT], "other": means[settings.pathway],
-                 "ratio": means[EXPERT] / means[settings.pathway],
-                 "difference": float(np.mean(apart)) if raw else np.nan,
-                 "low": low if raw else np.nan, "high": high if raw else np.nan}
+                {"condition": condition, "pathway": hook_names.pathway(site), "task": scene.task, "seed": scene.seed,
+                 "displacement": moved, "per_change": moved / size["change"],
+                 "per_change_and_call": moved / (size["change"] * size["calls"]),
+                 "per_relative_and_call": moved / (size["relative"] * size["calls"])}
+            )  # fmt: skip
+    return _means(pd.DataFrame(rows), ["condition", "pathway", "task", "seed"], list(PER))
+
+
+def _means(table: pd.DataFrame, by: Sequence[str], values: Sequence[str]) -> pd.DataFrame:
+    """Means of some columns over the rows that are alike in others."""
+    found: dict[tuple[Any, ...], list[list[float]]] = {}
+    for row in records(table):
+        found.setdefault(tuple(row[name] for name in by), []).append([row[name] for name in values])
+    rows = [[*key, *np.mean(each, axis=0)] for key, each in found.items()]
+    return pd.DataFrame(rows, columns=[*by, *values])
+
+
+def _columns(moved: pd.DataFrame, *wanted: tuple[str, str, str]) -> tuple[np.ndarray, list[str]]:
+    """Numbers by scene, [scene column], for each (condition, pathway, per) that is wanted; and every scene's task."""
+    by = {(row["condition"], row["pathway"], row["task"], row["seed"]): row for row in records(moved)}
+    scenes = [key[2:] for key in by if key[:2] == wanted[0][:2]]
+    values = [[by[condition, way, *scene][per] for condition, way, per in wanted] for scene in scenes]
+    return np.array(values, np.float64), [str(task) for task, _ in scenes]
+
+
+def _log_ratio(means: np.ndarray) -> np.ndarray:
+    return np.log(means[:, 0] / means[:, 1])
+
+
+def _shrinking(means: np.ndarray) -> np.ndarray:
+    """How much nearer to 1 the second ratio is than the first one, on a logarithmic scale."""
+    return np.abs(_log_ratio(means)) - np.abs(_log_ratio(means[:, 2:]))
+
+
+def _gaps(context: Context, settings: Settings, moved: pd.DataFrame) -> pd.DataFrame:
+    """Displacement of the expert's injections ÷ that of the other pathway's, by condition and by what it is counted
+    per: means over scenes, their ratio with its interval by tasks; nearer: by how much the ratio is nearer to 1 than
+    the raw one, as a difference of logarithms, with its interval."""
+    rows = []
+    for condition in CONDITIONS:
+        ways = ((condition, EXPERT), (condition, settings.pathway))
+        for per in PER:
+            values, tasks = _columns(moved, *((*way, per) for way in ways))
+            ratio, low, high = (float(np.exp(each)) for each in interval_of(values, tasks, _log_ratio, context.seed))
+            both, tasks = _columns(moved, *((*way, each) for each in ("displacement", per) for way in ways))
+            nearer = interval_of(both, tasks, _shrinking, context.seed)
+            means = values.mean(0)
+            rows.append(
+                {"condition": condition, "per": per, EXPERT: means[0], "other": means[1], "ratio": ratio, "low": low,
+                 "high": high, "nearer": nearer[0], "nearer_low": nearer[1], "nearer_high": nearer[2]}
             )  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def _by_scene(context: Context, settings: Settings, runs: Runs, arms: Sequence[str]) -> dict[Scene, float]:
-    """Displacement of every scene's episodes from the baseline's, metres, mean over arms."""
-    layout, found = layout_of(settings.suite), dict[Scene, list[float]]()
-    for arm in arms:
-        for row in rows_of(runs, arm):
-            scene = scene_of(runs, row)
-            base = runs.row(BASELINE.name, scene.task, scene.seed)
-            found.setdefault(scene, []).append(path_distance(runs, row, runs, base, layout))
-    return {scene: float(np.mean(each)) for scene, each in found.items()}
+def _beyond(context: Context, settings: Settings, moved: pd.DataFrame) -> pd.DataFrame:
+    """For each pathway, the donor's displacement ÷ that of noise of either kind, of the same episodes."""
+    rows = []
+    for way in (EXPERT, settings.pathway):
+        for condition in (NOISE, WHITE):
+            values, tasks = _columns(moved, (DONOR, way, "displacement"), (condition, way, "displacement"))
+            ratio, low, high = (float(np.exp(each)) for each in interval_of(values, tasks, _log_ratio, context.seed))
+            rows.append({"pathway": way, "than": condition, "donor": values.mean(0)[0], "noise": values.mean(0)[1],
+                         "ratio": ratio, "low": low, "high": high})  # fmt: skip
+    return pd.DataFrame(rows)
 
 
-def _verdicts(context: Context, settings: Settings, table: pd.DataFrame, gaps: pd.DataFrame) -> list[Verdict]:
+def _verdicts(
+    context: Context, settings: Settings, table: pd.DataFrame, gaps: pd.DataFrame, beyond: pd.DataFrame
+) -> list[Verdict]:
     why = gate_note(table, settings.suite)
     if why:
         return [Verdict(rule, None, why) for rule in ("raw", "gap", "beyond-noise")]
-    by = {(row["condition"], row["per"]): row for row in records(gaps)}
-    raw, normed = by[DONOR, "displacement"], by[DONOR, "per_change_and_call"]
-    noise = by[NOISE, "displacement"]
-    larger = raw["ratio"] > threshold(context, "raw") and not raw["low"] <= 0
-    said = (
-        f"expert {100 * raw[EXPERT]:.1f} cm, {settings.pathway} {100 * raw['other']:.1f} cm: {raw['ratio']:.2g} times; "
-        f"difference {100 * raw['difference']:+.1f} cm ({100 * raw['low']:+.1f} to {100 * raw['high']:+.1f})"
-    )
-    left = abs(np.log(normed["ratio"])) / abs(np.log(raw["ratio"]))
-    per = by[DONOR, "per_change"]["ratio"]
-    beyond = {way: raw[key] / noise[key] for way, key in ((EXPERT, EXPERT), (settings.pathway, "other"))}
+    by = {row["per"]: row for row in records(gaps) if row["condition"] == DONOR}
+    raw = by["displacement"]
+    larger = decide(raw["low"], raw["high"], threshold(context, "raw"), below=False)
     return [
-        Verdict("raw", bool(larger), said),
         Verdict(
-            "gap",
-            bool(left < threshold(context, "gap")),
-            f"{raw['ratio']:.2g} times raw, {per:.2g} times per unit of ‖Δh‖, {normed['ratio']:.2g} times per unit and "
-            f"call; on a logarithmic scale {left:.2g} of the raw gap is left",
+            "raw",
+            larger,
+            f"expert {100 * raw[EXPERT]:.1f} cm, {settings.pathway} {100 * raw['other']:.1f} cm: "
+            f"{_ratio(raw)}{undecided(larger)}",
         ),
-        Verdict(
-            "beyond-noise",
-            all(each > threshold(context, "beyond-noise") for each in beyond.values()),
-            ", ".join(f"{way}: {each:.2g} times the noise's displacement" for way, each in beyond.items()),
-        ),
+        _gap(context, larger, by),
+        _beyond_verdict(context, beyond),
     ]
+
+
+def _ratio(row: Mapping[str, Any]) -> str:
+    return f"{row['ratio']:.2g} times ({row['low']:.2g} to {row['high']:.2g})"
+
+
+def _gap(context: Context, larger: bool | None, by: Mapping[str, Mapping[str, Any]]) -> Verdict:
+    """Whether every way of counting brings the ratio nearer to 1; where the expert's injection is not the larger one,
+    there is no gap of the kind that is asked about."""
+    rule, counted = "gap", [per for per in PER if per != "displacement"]
+    said = "; ".join(f"{PER[per]} {_ratio(by[per])}" for per in PER)
+    if larger is not True:
+        return Verdict(rule, None, f"raw, the expert's injection is not shown to move the arm farther. {said}")
+    limit = threshold(context, rule)
+    each = {per: decide(by[per]["nearer_low"], by[per]["nearer_high"], limit, below=False) for per in counted}
+    holds = False if False in each.values() else None if None in each.values() else True
+    words = {True: "smaller", False: "not smaller", None: "undecided"}
+    return Verdict(rule, holds, f"{said}; the gap is {', '.join(f'{words[each[per]]} {PER[per]}' for per in counted)}")
+
+
+def _beyond_verdict(context: Context, beyond: pd.DataFrame) -> Verdict:
+    """Against noise that keeps its direction: what changes at every call averages out, and is the weaker control."""
+    rule, limit = "beyond-noise", threshold(context, "beyond-noise")
+    rows = records(beyond)
+    held = [decide(row["low"], row["high"], limit, below=False) for row in rows if row["than"] == NOISE]
+    holds = False if False in held else None if None in held else True
+    said = "; ".join(f"{row['pathway']}: {_ratio(row)} the displacement of {row['than']}" for row in rows)
+    return Verdict(rule, holds, said + undecided(holds))
 
 
 def _notes(model: HookedModel, settings: Settings, chosen: Mapping[str, Sequence[str]]) -> list[str]:
@@ -263,6 +344,8 @@ def _notes(model: HookedModel, settings: Settings, chosen: Mapping[str, Sequence
         "Streams differ in width and scale: ‖Δh‖ of one is not ‖Δh‖ of the other. As part of ‖h‖ they compare better.",
         "‖Δh‖ is the donor's value less the episode's own where neither has been edited yet: over all tokens of one "
         "call, mean over calls. Later the two episodes drift apart, and the change grows with it.",
+        "Noise keeps one direction a token for the whole episode; white noise takes another at every call, so that it "
+        "averages out along the way. Intervals resample whole tasks, of which there are few.",
         "A random donor has another start and another noise: its expert's activations carry more than its task.",
         "Blocks behind a site: in the expert those that follow; in the other pathway those of its own that follow, and "
         "the expert's where these read its end only.",

@@ -19,7 +19,8 @@ from hooked_vla.rollouts.experiments.compare import layout_of, mean_with_interva
 from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.kinds.battery_runs import settings_in
 from hooked_vla.rollouts.experiments.kinds.injection_runs import turned_tasks
-from hooked_vla.rollouts.experiments.kinds.pathways_arms import DONOR, NOISE, RANDOM, matched_noise
+from hooked_vla.rollouts.experiments.kinds.pathways_arms import DONOR, NOISE, RANDOM
+from hooked_vla.rollouts.matched_noise import matched_noise
 from hooked_vla.rollouts.noise import SeededNoise
 from hooked_vla.rollouts.settings import constant_text
 from hooked_vla.rollouts.suites import get_suite
@@ -84,12 +85,12 @@ def _size(runs: Runs, own: ActivationCache, site: str) -> dict[str, float]:
 
 
 def _noisy(runs: Runs, own: ActivationCache, site: str, seeds: Sequence[int]) -> list[list[Patch]]:
-    """For each start a patch of the base's value plus noise as large as the donor's change, token by token."""
+    """For each start a patch of the base's value plus noise as large as the donor's change, token by token, in one
+    direction at all denoise steps."""
     layout = Layout.of(runs.model.points[site])
     mine, theirs = _both(runs, own, site)
     noisy = torch.stack([
-        value + matched_noise(other - value, layout, [seed * 1000 + step for seed in seeds])
-        for step, (value, other) in enumerate(zip(mine, theirs, strict=True))
+        value + matched_noise(other - value, layout, list(seeds)) for value, other in zip(mine, theirs, strict=True)
     ])  # fmt: skip
     if not hook_names.is_denoised(site):
         return [[Patch(site, noisy[0][i])] for i in range(len(seeds))]

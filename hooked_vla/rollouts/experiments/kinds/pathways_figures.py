@@ -1,11 +1,14 @@
 """Figures of the comparison of pathways."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 
 from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.rollouts.experiments.figures import COLOURS, MARKERS, new_figure
 from hooked_vla.rollouts.experiments.kinds.battery_runs import records
-from hooked_vla.rollouts.experiments.kinds.pathways_arms import DONOR, NOISE, RANDOM
+from hooked_vla.rollouts.experiments.kinds.pathways_arms import CONDITIONS, DONOR, NOISE, RANDOM
 
 with needs_analysis_extra():
     import pandas as pd
@@ -20,26 +23,38 @@ PER = {
 
 
 def ratios(gaps: pd.DataFrame, other: str) -> Figure:
-    """Expert ÷ the other pathway, by what displacement is counted per, a bar for each condition."""
-    figure = new_figure(7.6, 3.6)
+    """Expert ÷ the other pathway, by what displacement is counted per: a point with its interval for each condition,
+    on a logarithmic axis on which one half is as far from 1 as twice."""
+    figure = new_figure(8.2, 4.0)
     axes = figure.subplots()
-    by = {(row["condition"], row["per"]): row["ratio"] for row in records(gaps)}
-    conditions = [each for each in (DONOR, RANDOM, NOISE) if any(key[0] == each for key in by)]
+    by = {(row["condition"], row["per"]): row for row in records(gaps)}
+    conditions = [each for each in CONDITIONS if any(key[0] == each for key in by)]
     for i, condition in enumerate(conditions):
-        places = np.arange(len(PER)) + (i - (len(conditions) - 1) / 2) * 0.26
-        heights = [by[condition, per] for per in PER]
-        axes.bar(places, heights, width=0.24, color=COLOURS[i], label=condition)
-        for place, height in zip(places, heights, strict=True):
-            axes.annotate(f"{height:.2g}", (place, height), ha="center", va="bottom", fontsize=8)
+        places = np.arange(len(PER)) + (i - (len(conditions) - 1) / 2) * 0.19
+        rows = [by[condition, per] for per in PER]
+        ratio = np.array([row["ratio"] for row in rows])
+        spread = np.abs([[row[end] for row in rows] for end in ("low", "high")] - ratio)
+        axes.errorbar(places, ratio, yerr=np.nan_to_num(spread), fmt=MARKERS[i], color=COLOURS[i], capsize=3,
+                      markersize=6, label=condition)  # fmt: skip
+        for place, row in zip(places, rows, strict=True):
+            axes.annotate(f"{row['ratio']:.2g}", (place, row["ratio"]), xytext=(5, 5), textcoords="offset points",
+                          va="center", fontsize=7)  # fmt: skip
     axes.axhline(1.0, color="#555555", linestyle="--", linewidth=1)
     axes.set_yscale("log")
-    axes.margins(y=0.15)
+    reach = 1.3 * max(max(high, 1 / low) for low, high in _ends(by.values()))
+    axes.set_ylim(1 / reach, reach)
+    axes.yaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}")
     axes.set_xticks(range(len(PER)), list(PER.values()), fontsize=9)
-    axes.set_ylabel(f"expert ÷ {other}", fontsize=9)
+    axes.set_ylabel(f"expert ÷ {other}, 95 % interval", fontsize=9)
     axes.set_title("Displacement in closed loop", fontsize=11)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _ends(rows: Iterable[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Where each ratio's interval ends; where it has none, the ratio itself."""
+    return [(np.nanmin([row["low"], row["ratio"]]), np.nanmax([row["high"], row["ratio"]])) for row in rows]
 
 
 def by_distance(chunks: pd.DataFrame) -> Figure:

@@ -5,31 +5,26 @@ same frames. Goals are then taken out along their probes' directions in closed l
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from hooked_vla.extras import needs_analysis_extra
-from hooked_vla.hooks import names as hook_names
 from hooked_vla.rollouts.activations import ActivationRecording, ActivationWatcher
 from hooked_vla.rollouts.arms import BASELINE
 from hooked_vla.rollouts.experiments.compare import RERUN, action_normalizer, compare, join, layout_of, read_runs, rerun
 from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.figures import heat_map, success_bars
-from hooked_vla.rollouts.experiments.kinds.battery_runs import (
-    gate_note,
-    limited,
-    points,
-    records,
-    settings_in,
-    threshold,
-)
+from hooked_vla.rollouts.experiments.intervals import decide, undecided
+from hooked_vla.rollouts.experiments.kinds.battery_runs import limited, records, settings_in, threshold
+from hooked_vla.rollouts.experiments.kinds.probes_held_out import AHEAD, BOTH, EXPERT, VLM, hold_out
 from hooked_vla.rollouts.experiments.kinds.probes_removal import (
-    ANOTHER_ALL,
-    GOAL_ALL,
-    RANDOM_ALL,
+    PURSUED,
     choose_removal,
     fit_removals,
+    pursued_goals,
     removal_arms,
     removal_effects,
+    removal_verdicts,
 )
 from hooked_vla.rollouts.experiments.kinds.probes_scores import (
     ACTION,
@@ -51,17 +46,17 @@ from hooked_vla.rollouts.sweep import Rollouts
 with needs_analysis_extra():
     import pandas as pd
 
-VLM, EXPERT = "vlm", "expert"
-# what is between the language model and the expert belongs to neither claim
-_VLM_SIDE = (VLM, "adapter")
 _FRAMES = 32
+# episodes without what probes read start from other seeds than those that the probes were fitted on
+_APART = 50_000
 _NAMES = {"block": "goal: block", "pad": "goal: pad"}
 
 
 @dataclass(frozen=True)
 class Settings:
     """episodes: unedited ones whose plans are probed. removal_episodes: of each arm of the removal. sites: globs of
-    what is probed. n_folds: of tasks. n_shuffles: how often labels are shuffled. max_steps: after which an episode has
+    what is probed; inputs: of what directions are also taken out of, but where nothing is scored: an input token says
+    what it was given. n_folds: of tasks. n_shuffles: how often labels are shuffled. max_steps: after which an episode has
     failed."""
 
     episodes: int
@@ -69,12 +64,11 @@ class Settings:
     suite: str = "goal"
     sites: tuple[str, ...] = (
         "vision.*.hook_resid_post",
-        "vlm.hook_tokens",
         "vlm.blocks.*.hook_resid_post",
         "adapter.blocks.*.hook_resid_post",
-        "expert.hook_tokens",
         "expert.blocks.*.hook_resid_post",
     )
+    inputs: tuple[str, ...] = ("vlm.hook_tokens",)
     n_folds: int = 4
     n_shuffles: int = 3
     max_steps: int = 120
@@ -95,25 +89,21 @@ def run(context: Context, settings: Settings) -> Outcome:
     """Raises ValueError for a suite whose tasks are not blocks and pads, and a model without a site to probe."""
     far_donors(settings.suite)
     recorded = _record(context, settings)
-    scores = context.table(
-        "scores",
+    scored = cache(
         lambda: score_everything(
-            context.model, recorded.own, recorded.other, recorded.labels, recorded.steps, settings.n_folds,
-            settings.n_shuffles, context.seed,
-        ),
+            context.model, probe_sites(context.model, settings.sites), recorded.own, recorded.other, recorded.labels,
+            recorded.steps, settings.n_folds, settings.n_shuffles, context.seed,
+        )
     )  # fmt: skip
-    effects, removal, chosen = _remove(context, settings, recorded)
-    best = _best(scores)
+    scores = context.table("scores", lambda: pd.DataFrame([each.row() for each in scored()]))
+    held_out = context.table("held_out", lambda: hold_out(scored(), context.seed))
+    effects, removal, verdicts, chosen = _remove(context, settings, recorded)
+    best = pd.DataFrame(_best(scores))
     shown = success_bars(removal, reference=BASELINE.name)
     return Outcome(
-        main=pd.DataFrame(best),
-        verdicts=[
-            *_goal_verdicts(context, best, _best(scores, "margin")),
-            *_dynamics_verdicts(context, best),
-            _chance_verdict(context, best),
-            _removal_verdict(context, settings, removal),
-        ],
-        tables={"removal": removal, "removal_effects": effects, "scores": scores},
+        main=held_out,
+        verdicts=[*_margin_verdicts(context, held_out), _chance_verdict(context, records(best)), *verdicts],
+        tables={"best": best, "removal": removal, "removal_effects": effects, "scores": scores},
         figures={
             "scores": (_map(scores, "score", None), "What probes read on tasks that they have not seen: accuracy of "
                        "the goal's block and pad, R² of end effector and next action within tasks."),
@@ -129,7 +119,7 @@ def run(context: Context, settings: Settings) -> Outcome:
 def _record(context: Context, settings: Settings) -> Recorded:
     options = limited(context, settings.max_steps)
     prepared = settings_in(context, settings.suite, options)
-    sites = probe_sites(context.model, settings.sites)
+    sites = probe_sites(context.model, (*settings.sites, *settings.inputs))
     steps = tuple(sorted({0, context.model.n_denoise_steps - 1}))
     with SegmentMeans(context.folder("activations")) as recorder:
         watchers = [
@@ -146,29 +136,29 @@ def _record(context: Context, settings: Settings) -> Recorded:
 
 def _remove(
     context: Context, settings: Settings, recorded: Recorded
-) -> tuple[pd.DataFrame, pd.DataFrame, tuple[str, str]]:
-    """Effects of removals on single plans, the comparison in closed loop, and where the latter took things out."""
-    options = limited(context, settings.max_steps)
+) -> tuple[pd.DataFrame, pd.DataFrame, list[Verdict], tuple[str, str]]:
+    """Effects of removals on single plans, the comparison in closed loop, its verdicts, and where the removals of one
+    place took things out. Episodes are others than those that the probes were fitted on."""
+    options, seed = limited(context, settings.max_steps), context.seed + _APART
     removals = fit_removals(context.model, recorded.own, recorded.labels, context.seed)
     frames = choose_frames(read_frames(context.folder("frames")), _FRAMES, context.seed)
     prepared = settings_in(context, settings.suite, options)
     effects = context.table("effects", lambda: removal_effects(context.model, prepared, frames, removals))
     chosen = choose_removal(effects)
     arms = [BASELINE, *removal_arms(removals, chosen)]
-    done = context.rollouts("removal", settings.suite, arms, settings.removal_episodes, options=options)
-    again = rerun(context, "rerun", settings.suite, settings.removal_episodes, options=options)
-    table = compare(
-        join(read_runs(done), read_runs(again, {BASELINE.name: RERUN})), layout_of(settings.suite),
-        action_normalizer(context.model), seed=context.seed,
-    )  # fmt: skip
-    goals = goal_table(done, far_donors(settings.suite))
-    goals["right_block"] = [row["first_lifted"] == row["task"].partition("-")[0] for row in records(goals)]
+    n = settings.removal_episodes
+    done = context.rollouts("removal", settings.suite, arms, n, seed=seed, options=options)
+    again = rerun(context, "rerun", settings.suite, n, options=options, seed=seed)
+    runs = join(read_runs(done), read_runs(again, {BASELINE.name: RERUN}))
+    table = compare(runs, layout_of(settings.suite), action_normalizer(context.model), seed=context.seed)
+    pursued = pursued_goals(goal_table(done, far_donors(settings.suite)))
     extra = []
     for row in records(table):
-        mine = goals.loc[goals["arm"] == row["arm"]]
-        names = ("lifted", "right_block")
-        extra.append({n: share(mine, n)[n] if len(mine) else float("nan") for n in names})
-    return effects, pd.concat([table, pd.DataFrame(extra)], axis=1), chosen
+        mine = pursued.loc[pursued["arm"] == row["arm"]]
+        shares = [share(mine, name) if len(mine) else {name: float("nan")} for name in ("lifted", *PURSUED)]
+        extra.append({name: value for each in shares for name, value in each.items()})
+    whole = pd.concat([table, pd.DataFrame(extra)], axis=1)
+    return effects, whole, removal_verdicts(context, settings.suite, whole, pursued, runs), chosen
 
 
 _COLUMNS = (
@@ -190,52 +180,47 @@ def _best(scores: pd.DataFrame, by: str = "score") -> list[dict[str, Any]]:
     return [{name: row[name] for name in _COLUMNS} for row in ordered]
 
 
-def _top(best: list[dict[str, Any]], label: str, side: tuple[str, ...], by: str = "score") -> dict[str, Any] | None:
-    """The best row of a label on one side. Of the expert, before anything was denoised: at later steps its own input
-    is nearly the action that is to be read."""
-    rows = [row for row in best if row["label"] == label and row["pathway"] in side]
-    rows = [row for row in rows if not hook_names.is_denoised(row["site"]) or row["denoise_step"] == 0]
-    return max(rows, key=lambda row: row[by]) if rows else None
+def _margin_verdicts(context: Context, held_out: pd.DataFrame) -> list[Verdict]:
+    """Whether goals are read from the language model, beyond controls and beyond the expert, and end effector and next
+    action from the expert beyond the language model: all by margins over controls, at places chosen on other tasks."""
+    rows = {(row["label"], row["side"]): row for row in records(held_out)}
+    above = "goal-in-vlm"
+    found = []
+    if any((goal, VLM) not in rows for goal in GOAL):
+        found.append(Verdict(above, None, "no language model was probed"))
+    else:
+        mine = [rows[goal, VLM] for goal in GOAL]
+        held = [decide(row["low"], row["high"], threshold(context, above), below=False) for row in mine]
+        holds = False if False in held else None if None in held else True
+        found.append(Verdict(above, holds, "; ".join(map(_said, mine)) + undecided(holds)))
+    for rule, label, side in (
+        ("goal-vlm-over-expert", BOTH, VLM), ("state-in-expert", STATE, EXPERT), ("action-in-expert", ACTION, EXPERT),
+    ):  # fmt: skip
+        if (label, AHEAD[side]) not in rows:
+            found.append(Verdict(rule, None, "language model or expert was not probed"))
+            continue
+        ahead = rows[label, AHEAD[side]]
+        holds = decide(ahead["low"], ahead["high"], threshold(context, rule), below=False)
+        parts = [rows[each, way] for each in (GOAL if label == BOTH else (label,)) for way in (side, *OTHER[side])]
+        found.append(
+            Verdict(
+                rule,
+                holds,
+                f"margins over controls: {AHEAD[side]} {ahead['margin']:+.2f} ({ahead['low']:+.2f} to "
+                f"{ahead['high']:+.2f}); {'; '.join(map(_said, parts))}{undecided(holds)}",
+            )
+        )
+    return found
+
+
+OTHER = {VLM: (EXPERT,), EXPERT: (VLM,)}
 
 
 def _said(row: dict[str, Any]) -> str:
     return (
-        f"{row['label']} {row['score']:.2f} at {row['site']} ({row['segment']}), best control {row['best_control']} "
-        f"{row['score'] - row['margin']:.2f}"
+        f"{row['label']}, {row['side']}: {row['margin']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f}) over "
+        f"{row['best_control']}, score {row['score']:.2f} at {row['chosen']}"
     )
-
-
-def _goal_verdicts(context: Context, best: list[dict[str, Any]], ahead: list[dict[str, Any]]) -> list[Verdict]:
-    """Whether the goal is read from the language model, beyond controls (where it is furthest ahead of them) and beyond
-    the expert (where each reads it best)."""
-    above, over = "goal-in-vlm", "goal-vlm-over-expert"
-    furthest = [row for row in (_top(ahead, goal, _VLM_SIDE, "margin") for goal in GOAL) if row is not None]
-    vlm = [_top(best, goal, _VLM_SIDE) for goal in GOAL]
-    expert = [_top(best, goal, (EXPERT,)) for goal in GOAL]
-    theirs = [row for row in vlm if row is not None]
-    if len(theirs) < len(GOAL):
-        return [Verdict(rule, None, "no language model was probed") for rule in (above, over)]
-    margin = min(row["margin"] for row in furthest)
-    found = [Verdict(above, margin >= threshold(context, above), "; ".join(map(_said, furthest)))]
-    mine = [row for row in expert if row is not None]
-    if len(mine) < len(GOAL):
-        return [*found, Verdict(over, None, "no expert was probed")]
-    means = [sum(row["score"] for row in rows) / len(GOAL) for rows in (theirs, mine)]
-    said = f"mean accuracy of block and pad: language model {means[0]:.2f}, expert {means[1]:.2f} (first denoise step)"
-    return [*found, Verdict(over, means[0] - means[1] >= threshold(context, over), said)]
-
-
-def _dynamics_verdicts(context: Context, best: list[dict[str, Any]]) -> list[Verdict]:
-    """Whether end effector and next action are read better from the expert than from the language model."""
-    found = []
-    for rule, label in (("state-in-expert", STATE), ("action-in-expert", ACTION)):
-        vlm, expert = _top(best, label, _VLM_SIDE), _top(best, label, (EXPERT,))
-        if vlm is None or expert is None:
-            found.append(Verdict(rule, None, "language model or expert was not probed"))
-            continue
-        ahead = expert["score"] - vlm["score"]
-        found.append(Verdict(rule, ahead >= threshold(context, rule), f"{_said(expert)}; {_said(vlm)}"))
-    return found
 
 
 def _chance_verdict(context: Context, best: list[dict[str, Any]]) -> Verdict:
@@ -244,24 +229,6 @@ def _chance_verdict(context: Context, best: list[dict[str, Any]]) -> Verdict:
     off = {f"{row['label']} at {row['site']}": row["shuffled"] - row["chance"] for row in best}
     worst = max(off, key=lambda name: off[name])
     return Verdict(rule, off[worst] <= threshold(context, rule), f"most above chance: {worst}, by {off[worst]:.2f}")
-
-
-def _removal_verdict(context: Context, settings: Settings, table: pd.DataFrame) -> Verdict:
-    rule = "removal"
-    if why := gate_note(table, settings.suite):
-        return Verdict(rule, None, why)
-    change = {row["arm"]: row["difference"] for row in records(table)}
-    right = {row["arm"]: row["right_block"] for row in records(table)}
-    random = min(change[RANDOM_ALL], change[ANOTHER_ALL])
-    said = (
-        f"{GOAL_ALL}: {points(change[GOAL_ALL])}, random: {points(change[RANDOM_ALL])}, {points(change[ANOTHER_ALL])}"
-    )
-    return Verdict(
-        rule,
-        random - change[GOAL_ALL] >= threshold(context, rule),
-        f"{said}; the right block is lifted first in {right[GOAL_ALL]:.0%}, in the baseline in "
-        f"{right[BASELINE.name]:.0%}",
-    )
 
 
 def _map(scores: pd.DataFrame, value: str, centre: float | None) -> Any:
@@ -281,7 +248,8 @@ def _notes(recorded: Recorded, chosen: tuple[str, str]) -> list[str]:
     notes = [
         "Goals are scored on combinations of block and pad that the probe has not seen; intervals resample tasks. "
         "Instructions are a few fixed words, so that on language tokens any model, random weights too, tells them "
-        "apart: what counts is the margin over that control. It is judged where it is largest, of all places probed.",
+        "apart: what counts is the margin over that control. The place is chosen on half of the tasks and judged on "
+        "the other half; the largest margin of all places is shown beside it, and is larger by that choice alone.",
         "While it acts, a policy shows its goal: which block it goes to, and carries. The image encoder, which is told "
         "nothing, is the control for that. Activations are means over tokens: which token stands out is not read.",
         "Accuracy below chance: where a task is left out, training has fewer examples of its block and its pad, so a "
@@ -291,7 +259,10 @@ def _notes(recorded: Recorded, chosen: tuple[str, str]) -> list[str]:
         "R² is within tasks: a probe that only tells tasks apart scores 0. Pictures end at -1.",
         f"Removals act on {' in '.join(chosen)} tokens, where taking the goal's directions out changes single plans "
         "most compared with random ones. Other layers may carry the goal past one site: hence the arms that act at all "
-        "layers at once.",
+        "layers at once. Random directions that are stretched move tokens as far as the goal's, on unedited episodes; "
+        "they are what the goal's are judged against. Episodes start from other seeds than those of the probes.",
+        "A policy that fails has not lost its goal for that: it counts as pursuing another one where it lifts another "
+        "block first, or does another goal and not its own.",
     ]
     if not FEWEST <= sum(lost) <= len(lost) - FEWEST:
         notes.append(

@@ -4,15 +4,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from hooked_vla.analysis.probes import fit_probe
+from hooked_vla.analysis.statistics import mcnemar
 from hooked_vla.analysis.subspaces import Subspace, from_probes, random_subspace
 from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.interventions import Edit, EditArm
 from hooked_vla.rollouts.acting import prepare
 from hooked_vla.rollouts.activation_reader import ActivationRecording
+from hooked_vla.rollouts.arms import BASELINE
+from hooked_vla.rollouts.experiments.compare import Runs
+from hooked_vla.rollouts.experiments.context import Context
+from hooked_vla.rollouts.experiments.intervals import change_interval, decide, undecided
+from hooked_vla.rollouts.experiments.kinds.battery_runs import changes, gate_note, points, records, threshold
 from hooked_vla.rollouts.experiments.kinds.probes_scores import GOAL, IMAGES, segments_at
+from hooked_vla.rollouts.experiments.outcome import Verdict
 from hooked_vla.rollouts.labelled import KeptFrame, labelled_segments
 from hooked_vla.rollouts.noise import SeededNoise
 from hooked_vla.rollouts.settings import Settings, constant_text
@@ -97,11 +105,14 @@ GOAL_OUT, RANDOM_OUT, ANOTHER_OUT, AS_FAR_OUT = (
     "other random out",
     "random out, as far",
 )
-GOAL_ALL, RANDOM_ALL, ANOTHER_ALL = (
+GOAL_ALL, RANDOM_ALL, ANOTHER_ALL, AS_FAR_ALL = (
     "goal probes out, all layers",
     "random out, all layers",
     "other random out, all layers",
+    "random out, as far, all layers",
 )
+# columns of `pursued_goals` that are shares of episodes
+PURSUED = ("right_block", "another_goal")
 
 
 def removal_arms(removals: Mapping[tuple[str, str], Removal], chosen: tuple[str, str]) -> list[EditArm]:
@@ -109,7 +120,56 @@ def removal_arms(removals: Mapping[tuple[str, str], Removal], chosen: tuple[str,
     one = removals[chosen]
     every = [each for (_, segment), each in removals.items() if segment == one.segment]
     single = ((GOAL_OUT, "goal"), (RANDOM_OUT, "random"), (ANOTHER_OUT, "another"), (AS_FAR_OUT, "as far"))
-    whole = ((GOAL_ALL, "goal"), (RANDOM_ALL, "random"), (ANOTHER_ALL, "another"))
+    whole = ((GOAL_ALL, "goal"), (RANDOM_ALL, "random"), (ANOTHER_ALL, "another"), (AS_FAR_ALL, "as far"))
     return [EditArm(name, [one.edit(which)]) for name, which in single] + [
         EditArm(name, [each.edit(which) for each in every]) for name, which in whole
     ]
+
+
+def pursued_goals(goals: pd.DataFrame) -> pd.DataFrame:
+    """`goal_table` with right_block: the task's block is lifted first; another_goal: another block is, or another goal
+    is done and the own is not."""
+    own = [str(task).partition("-")[0] for task in goals["task"]]
+    first = goals["first_lifted"].tolist()
+    wrong = [lifted not in ("", block) for lifted, block in zip(first, own, strict=True)]
+    astray = (goals["placed"] & ~goals["own"]).to_numpy(bool)
+    return goals.assign(
+        right_block=[lifted == block for lifted, block in zip(first, own, strict=True)],
+        another_goal=np.array(wrong) | astray,
+    )
+
+
+def removal_verdicts(
+    context: Context, suite: str, table: pd.DataFrame, pursued: pd.DataFrame, runs: Runs
+) -> list[Verdict]:
+    """Whether taking the goal's directions out at all layers costs success, and the goal, beyond what random directions
+    that move tokens as far cost: differences of the same episodes, with intervals by tasks."""
+    rules = ("removal", "removal-goal")
+    if why := gate_note(table, suite):
+        return [Verdict(rule, None, why) for rule in rules]
+    rows = {row["arm"]: row for row in records(table)}
+    shown = (GOAL_ALL, AS_FAR_ALL, RANDOM_ALL, ANOTHER_ALL)
+    success = ", ".join(f"{arm} {points(rows[arm]['difference'])}" for arm in shown)
+    astray = ", ".join(f"{arm} {rows[arm]['another_goal']:.0%}" for arm in (*shown, BASELINE.name))
+    said = (f"success {success}", f"another goal is pursued: {astray}")
+    cost, tasks = changes(runs, suite, [GOAL_ALL], than=AS_FAR_ALL)
+    both = {arm: part.sort_values(["task", "seed"]) for arm, part in pursued.groupby("arm")}
+    goal, far = (both[arm]["another_goal"].to_numpy(bool) for arm in (GOAL_ALL, AS_FAR_ALL))
+    won = [~each["own"].to_numpy(bool) for each in (both[GOAL_ALL], both[AS_FAR_ALL])]
+    found = []
+    for rule, text, change, names, pair in (
+        (rules[0], said[0], -cost[:, 0], tasks, won),
+        (rules[1], said[1], goal.astype(float) - far, both[GOAL_ALL]["task"].tolist(), [goal, far]),
+    ):
+        more, low, high = change_interval(change, names, seed=context.seed)
+        holds = decide(low, high, threshold(context, rule), below=False)
+        p = mcnemar(pair[0], pair[1]).p_value
+        found.append(
+            Verdict(
+                rule,
+                holds,
+                f"{text}; beyond directions moved as far: {points(more)} ({points(low)} to {points(high)}, McNemar p = "
+                f"{p:.2g}){undecided(holds)}",
+            )
+        )
+    return found

@@ -1,7 +1,7 @@
 """What probes read at every site of a policy while it acts, beside shuffled labels, random weights, and metadata."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from hooked_vla import registry
-from hooked_vla.analysis.probes import Controlled, Kind, Metric, metadata_features, score_with_controls
+from hooked_vla.analysis.probes import Controlled, Kind, Metric, ProbeScore, metadata_features, score_with_controls
 from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.hooks import names as hook_names
 from hooked_vla.rollouts.acting import prepare
@@ -139,15 +139,42 @@ def record_again(
     return ActivationRecording(folder)
 
 
-def places(model: HookedVLA, recording: ActivationRecording, steps: Sequence[int]) -> Iterator[tuple[str, int | None]]:
-    """Every recorded site, at each of the denoise steps where it has them, in model order."""
+def places(model: HookedVLA, sites: Sequence[str], steps: Sequence[int]) -> Iterator[tuple[str, int | None]]:
+    """Each site, at each of the denoise steps where it has them, in model order."""
     for site in model.points:
-        if site in recording.sites:
+        if site in sites:
             yield from ((site, step) for step in (steps if hook_names.is_denoised(site) else (None,)))
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """One question at one place, with all controls."""
+
+    site: str
+    segment: str
+    denoise_step: int | None
+    label: str
+    found: Controlled
+
+    def row(self) -> dict[str, Any]:
+        """As columns of a table."""
+        found, probe = self.found, self.found.probe
+        controls = {"shuffled labels": found.shuffled, **{name: each.score for name, each in found.baselines.items()}}
+        return {
+            "pathway": hook_names.pathway(self.site), "site": self.site, "segment": self.segment,
+            "denoise_step": self.denoise_step, "label": self.label, "metric": probe.metric, "score": probe.score,
+            "low": probe.low, "high": probe.high, "chance": probe.chance, "shuffled": found.shuffled,
+            "selectivity": found.selectivity, "random_weights": controls["random weights"],
+            "time": controls.get("time", controls.get("time and task")),
+            "proprioception": controls.get("proprioception"), "pictures": controls.get("pictures"),
+            "margin": found.margin, "best_control": max(controls, key=lambda name: controls[name]), "n": probe.n,
+            "n_groups": probe.n_groups,
+        }  # fmt: skip
 
 
 def score_everything(
     model: HookedVLA,
+    sites: Sequence[str],
     recording: ActivationRecording,
     other: ActivationRecording,
     labels: pd.DataFrame,
@@ -155,61 +182,35 @@ def score_everything(
     n_folds: int,
     n_shuffles: int,
     seed: int,
-    progress: Callable[[], None] = lambda: None,
-) -> pd.DataFrame:
-    """One row for every site, segment, denoise step and question, with the score and all controls.
+) -> list[Scored]:
+    """Each of these sites, every segment, denoise step and question, with the score and all controls.
 
     other: what a model with random weights held in the same plans.
     """
     asked = questions(labels, _pictures(recording, labels))
-    blind: dict[tuple[str, str], float] = {}
+    blind: dict[tuple[str, str], ProbeScore] = {}
     rows = []
-    for site, step in places(model, recording, steps):
+    for site, step in places(model, sites, steps):
         segments: list[str | None] = list(segments_at(recording, site))
         own = labelled_segments(recording, labels, site, segments, denoise_step=step)
         theirs = labelled_segments(other, labels, site, segments, denoise_step=step)
         for segment in segments:
             for question in asked:
-                known = {
-                    name: blind[question.label, name] for name in question.blind if (question.label, name) in blind
-                }
-                first = question if not known else _seeing(question)
+                # what is known without activations is the same everywhere: it is scored once
+                known = {name: each for (label, name), each in blind.items() if label == question.label}
+                first = replace(question, blind={}) if known else question
                 random = {"random weights": theirs[segment].x}
                 found = first.score(own[segment].x, random, n_folds, n_shuffles, seed)
-                controls = {name: each.score for name, each in found.baselines.items()}
-                blind |= {(question.label, name): controls[name] for name in question.blind if name in controls}
-                rows.append(_row(site, str(segment), step, question, found, {**controls, **known}))
-            progress()
-    return pd.DataFrame(rows)
+                blind |= {(question.label, name): found.baselines[name] for name in first.blind}
+                whole = replace(found, baselines={**found.baselines, **known})
+                rows.append(Scored(site, str(segment), step, question.label, whole))
+    return rows
 
 
 def _pictures(recording: ActivationRecording, labels: pd.DataFrame) -> Any:
     """The image encoder's mean token in every plan; None where it was not recorded."""
     sites = [site for site in recording.sites if hook_names.pathway(site) == "vision"]
     return labelled(recording, labels, sites[-1], IMAGES).x if sites else None
-
-
-def _seeing(question: Question) -> Question:
-    """The question without what is known blindly: that is the same everywhere, and was scored before."""
-    return Question(question.label, question.kind, question.metric, question.y, question.groups, question.units,
-                    question.within, {})  # fmt: skip
-
-
-def _row(
-    site: str, segment: str, step: int | None, question: Question, found: Controlled, controls: Mapping[str, float]
-) -> dict[str, Any]:
-    probe = found.probe
-    best = max(controls, key=lambda name: controls[name])
-    return {
-        "pathway": hook_names.pathway(site), "site": site, "segment": segment, "denoise_step": step,
-        "label": question.label, "metric": probe.metric, "score": probe.score, "low": probe.low, "high": probe.high,
-        "chance": probe.chance, "shuffled": found.shuffled, "selectivity": found.selectivity,
-        "random_weights": controls["random weights"], "time": controls.get("time", controls.get("time and task")),
-        "proprioception": controls.get("proprioception"), "pictures": controls.get("pictures"),
-        "margin": probe.score - max(found.shuffled, controls[best]),
-        "best_control": best if controls[best] >= found.shuffled else "shuffled labels",
-        "n": probe.n, "n_groups": probe.n_groups,
-    }  # fmt: skip
 
 
 def _matches(glob: str, names: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a policy did, by where the tabletop's blocks lie at the end: the own goal, another one, several, or nothing."""
+"""What a policy did: the goals of the tabletop that it reached at any step, by what the prompt named."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -6,21 +6,19 @@ from typing import Any
 
 from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.rollouts.batteries.prompts import NO_GOAL, OTHER_GOAL, PROMPT_KINDS, SAME_GOAL, change_prompt
-from hooked_vla.rollouts.experiments.compare import Runs
 from hooked_vla.rollouts.experiments.figures import heat_map
+from hooked_vla.rollouts.experiments.goals import goal_of, goals_done
 from hooked_vla.rollouts.experiments.kinds.battery_runs import records
 from hooked_vla.rollouts.suites import get_suite
-from hooked_vla.rollouts.tabletop.expert import PAD_REACH
-from hooked_vla.rollouts.tabletop.scene import BLOCK_HALF
+from hooked_vla.rollouts.sweep import Rollouts
 
 with needs_analysis_extra():
     import pandas as pd
     from matplotlib.figure import Figure
 
-NOTHING, SEVERAL = "nothing", "several"
+NOTHING = "nothing"
 ALL = "all"
-# how high a block's centre may be over one that lies flat: tabletop/expert.py, Situation.is_placed
-_LIES = BLOCK_HALF + 0.008
+_COLUMNS = ("arm", "task", "seed", "told", "own", "named", "done", "goals")
 
 
 def effect_of(arm: str) -> str:
@@ -28,57 +26,42 @@ def effect_of(arm: str) -> str:
     return PROMPT_KINDS[arm].effect if arm in PROMPT_KINDS else ""
 
 
-def placed_goals(final_poses: Sequence[tuple[str, Any]]) -> list[str]:
-    """The goals that hold in a table's final poses, as "block-pad": blocks that lie on a pad, by the task's measure."""
-    poses = dict(final_poses)
-    blocks, pads = (
-        {name.removeprefix(kind): place for name, place in poses.items() if name.startswith(kind)}
-        for kind in ("blocks/", "pads/")
-    )
-    return [
-        f"{block}-{pad}"
-        for block, place in blocks.items()
-        for pad, centre in pads.items()
-        if max(abs(place[0] - centre[0]), abs(place[1] - centre[1])) < PAD_REACH and place[2] < _LIES
-    ]
+def goals_told(rollouts: Rollouts, suite: str) -> pd.DataFrame:
+    """One row an episode: what it was told, the goal that this names, and what it did.
 
-
-def goals_done(runs: Runs, suite: str) -> pd.DataFrame:
-    """One row an episode: what it was told, the goal that this names, and the goal that holds at the end.
-
-    named: the task's own where the wording alone was changed; else the task whose instruction was told, "" for none.
-    done: a task, "nothing", or "several". Episodes of other simulators than the tabletop have no rows.
+    own: the task's goal. named: the own where the wording alone was changed; else the goal whose instruction was told,
+    "" for none. done: the first goal that was done and let go, at whatever step, or "nothing"; goals: all of them, in
+    order, with spaces between. Episodes of other simulators than the tabletop have no rows.
     """
     tasks = {task.instruction: task.id for task in get_suite(suite).tasks}
-    rows = []
-    for episode in records(runs.episodes):
-        poses = episode["final_poses"]
-        if poses is None or not any(name.startswith("pads/") for name, _ in poses):
+    done, rows = goals_done(rollouts), []
+    for episode in rollouts.episodes.to_pylist():
+        if episode["episode"] not in done:
             continue
         arm, told = episode["arm"], episode["instruction"]
         if arm in PROMPT_KINDS:
             # the table of episodes has what the environment said
             told = change_prompt(arm, told, tuple(tasks), episode["seed"])
+        own, reached = goal_of(suite, episode["task"]), list(done[episode["episode"]])
         same = effect_of(arm) in ("", SAME_GOAL)
-        held = placed_goals(poses)
-        done = NOTHING if not held else held[0] if len(held) == 1 else SEVERAL
-        rows.append({"arm": arm, "task": episode["task"], "seed": episode["seed"], "told": told,
-                     "named": episode["task"] if same else tasks.get(told, ""), "done": done})  # fmt: skip
-    return pd.DataFrame(rows, columns=["arm", "task", "seed", "told", "named", "done"])
+        named = own if same else goal_of(suite, tasks[told]) if told in tasks else ""
+        rows.append({"arm": arm, "task": episode["task"], "seed": episode["seed"], "told": told, "own": own,
+                     "named": named, "done": [*reached, NOTHING][0], "goals": " ".join(reached)})  # fmt: skip
+    return pd.DataFrame(rows, columns=list(_COLUMNS))
 
 
 def default_goals(did: pd.DataFrame) -> pd.DataFrame:
-    """What is done when the prompt names no goal: by kind and task, and by kind over "all" tasks.
+    """What is done when the prompt names no goal: by kind and task, where "all" stands for all kinds, or all tasks.
 
-    default: the goal that is done most often; share: of the episodes; none: share of those that end without a goal.
+    default: the goal that is done (first) most often; share: of the episodes; none: share of those without any goal.
     """
     free = _free(did)
     rows = []
-    for kind in dict.fromkeys(row["arm"] for row in free):
-        mine = [row for row in free if row["arm"] == kind]
+    for kind in dict.fromkeys((*(row["arm"] for row in free), *([ALL] if free else []))):
+        mine = [row for row in free if kind in (ALL, row["arm"])]
         for task in (ALL, *dict.fromkeys(row["task"] for row in mine)):
             done = [row["done"] for row in mine if task in (ALL, row["task"])]
-            goals = Counter(each for each in done if each not in (NOTHING, SEVERAL)).most_common(1)
+            goals = Counter(each for each in done if each != NOTHING).most_common(1)
             default, n = goals[0] if goals else (NOTHING, 0)
             rows.append({"kind": kind, "task": task, "n": len(done), "default": default, "share": n / len(done),
                          "none": done.count(NOTHING) / len(done)})  # fmt: skip
@@ -86,20 +69,20 @@ def default_goals(did: pd.DataFrame) -> pd.DataFrame:
 
 
 def told_another(did: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows of `goals_done` whose prompt names another task of the suite than the own one."""
+    """Rows of `goals_told` whose prompt names another goal of the suite than the own one."""
     rows = [row for row in records(did) if effect_of(row["arm"]) == OTHER_GOAL]
-    return [row for row in rows if row["named"] not in ("", row["task"])]
+    return [row for row in rows if row["named"] not in ("", row["own"])]
 
 
 def goal_figures(did: pd.DataFrame) -> dict[str, tuple[Figure, str]]:
     """Named × done goals where the prompt names another, and what is done where it names none."""
-    goals = {row["task"] for row in records(did)} | {row["done"] for row in records(did)}
-    ends = [*sorted(goals - {SEVERAL, NOTHING}), SEVERAL, NOTHING]
+    goals = {row["own"] for row in records(did)} | {row["done"] for row in records(did)}
+    ends = [*sorted(goals - {NOTHING}), NOTHING]
     figures = {}
     for name, rows, by, caption in (
         ("named_goals", told_another(did), "named",
-         "Told another goal of the scene: the goal that the prompt names, and the one that holds at the end."),
-        ("default_goals", _free(did), "arm", "Told no goal: which one holds at the end."),
+         "Told another goal of the scene: the goal that the prompt names, and the one that was done first."),
+        ("default_goals", _free(did), "arm", "Told no goal: which one was done first."),
     ):  # fmt: skip
         if rows:
             shares = _shares(rows, by, ends)

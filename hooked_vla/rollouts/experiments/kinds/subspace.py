@@ -14,6 +14,7 @@ from hooked_vla.analysis.statistics import mcnemar
 from hooked_vla.analysis.subspaces import Subspace, load_subspaces, random_subspace, save_subspaces, smallest_k
 from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.rollouts.arms import BASELINE, Arm
+from hooked_vla.rollouts.cells import spread_scenes
 from hooked_vla.rollouts.experiments.compare import (
     RERUN,
     action_normalizer,
@@ -25,7 +26,7 @@ from hooked_vla.rollouts.experiments.compare import (
 )
 from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.kinds.battery_runs import gate_note, limited, records, settings_in, threshold
-from hooked_vla.rollouts.experiments.kinds.subspace_arms import DonorArm, ToldArm, twin_of
+from hooked_vla.rollouts.experiments.kinds.subspace_arms import DonorArm, twin_of
 from hooked_vla.rollouts.experiments.kinds.subspace_figures import effects, site_map, what_was_done
 from hooked_vla.rollouts.experiments.kinds.subspace_fits import (
     ALL,
@@ -33,7 +34,7 @@ from hooked_vla.rollouts.experiments.kinds.subspace_fits import (
     PAIRED,
     RANDOM,
     Search,
-    Told,
+    ToldPairs,
     choose_frames,
     choose_site,
     effect_curve,
@@ -46,6 +47,7 @@ from hooked_vla.rollouts.experiments.kinds.subspace_fits import (
 )
 from hooked_vla.rollouts.experiments.kinds.subspace_goals import far_donors, goal_table, share
 from hooked_vla.rollouts.experiments.outcome import Outcome, Verdict
+from hooked_vla.rollouts.injection import Told, ToldArm
 from hooked_vla.rollouts.labelled import FrameRecorder, read_frames
 from hooked_vla.rollouts.suites import get_suite
 from hooked_vla.rollouts.tabletop.tasks import find_task
@@ -142,7 +144,7 @@ def run(context: Context, settings: Settings) -> Outcome:
     )  # fmt: skip
 
 
-def _pairs(context: Context, settings: Settings) -> tuple[Told, Told]:
+def _pairs(context: Context, settings: Settings) -> tuple[ToldPairs, ToldPairs]:
     """Frames of unedited rollouts, told another goal: of episodes to fit on, and of others."""
     options = limited(context, settings.max_steps)
     prepared = settings_in(context, settings.suite, options)
@@ -167,7 +169,7 @@ def _goal(suite: str, task: str) -> tuple[str, str]:
     return found.block, found.pad
 
 
-def _segments(context: Context, settings: Settings, told: Told) -> list[str]:
+def _segments(context: Context, settings: Settings, told: ToldPairs) -> list[str]:
     """The segments that the model's own stream has."""
     there = context.model.segments(told.pairs.base)["vlm"].present()
     return [
@@ -177,7 +179,7 @@ def _segments(context: Context, settings: Settings, told: Told) -> list[str]:
     ]
 
 
-def _fit(context: Context, settings: Settings, sites: pd.DataFrame, train: Told, test: Told) -> Fits:
+def _fit(context: Context, settings: Settings, sites: pd.DataFrame, train: ToldPairs, test: ToldPairs) -> Fits:
     site, tokens = choose_site(sites, settings.enough)
     segment = None if tokens == ALL else tokens
     held_out = Interchange(context.model, test.pairs, site, segment)
@@ -202,7 +204,9 @@ def _arms(context: Context, settings: Settings, fits: Fits) -> tuple[list[Arm], 
     donors = {task: suite.task(donor).instruction for task, donor in far_donors(settings.suite).items()}
     prepared, twin = settings_in(context, settings.suite, limited(context, settings.max_steps)), twin_of(context.model)
     segment, d = None if fits.tokens == ALL else fits.tokens, fits.subspaces[DAS].d
-    arms: list[Arm] = [ToldArm(TOLD, donors)]
+    names = [task.id for task in suite.tasks]
+    told = {scene: donors[scene.task] for scene in spread_scenes(names, settings.episodes, context.seed)}
+    arms: list[Arm] = [ToldArm(TOLD, [Told(told)])]
     about: dict[str, tuple[str, int]] = {}
 
     def add(name: str, method: str, space: Subspace | None, strength: float = 1.0) -> None:

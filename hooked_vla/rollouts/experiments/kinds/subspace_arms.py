@@ -32,23 +32,6 @@ def twin_of(model: HookedVLA) -> HookedVLA:
     return HookedVLA(model.spec, net, model.processor)
 
 
-@dataclass(frozen=True)
-class ToldArm:
-    """The donor's instruction in place of the task's: what a swap of everything that it says would lead to."""
-
-    name: str
-    donors: Mapping[str, str]
-
-    def describe(self) -> Mapping[str, Any]:
-        return {"kind": "told", "donors": dict(self.donors)}
-
-    def hooks(self, rows: Sequence[Cell]) -> Sequence[HookRequest]:
-        return ()
-
-    def observe(self, cell: Cell, env_step: int, frame: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {**frame, "instruction": self.donors[cell.task]}
-
-
 @dataclass(frozen=True, eq=False)
 class DonorArm:
     """Tokens at a site take the donor's part in a subspace, at every plan.

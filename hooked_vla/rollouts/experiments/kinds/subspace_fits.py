@@ -32,20 +32,20 @@ DAS, PAIRED, MEAN, LDA, PCA, RANDOM = "das", "paired pca", "mean difference", "l
 
 
 @dataclass(frozen=True, eq=False)
-class Told:
+class ToldPairs:
     """Pairs in which one and the same frame is told its own task and another. tasks: own and other of each pair."""
 
     pairs: Pairs
     tasks: tuple[tuple[str, str], ...]
 
-    def rows(self, rows: Sequence[int]) -> "Told":
+    def rows(self, rows: Sequence[int]) -> "ToldPairs":
         """Some of the pairs."""
-        return Told(self.pairs.rows(rows), tuple(self.tasks[i] for i in rows))
+        return ToldPairs(self.pairs.rows(rows), tuple(self.tasks[i] for i in rows))
 
 
 def told_otherwise(
     model: HookedVLA, settings: Settings, suite: Suite, frames: Sequence[KeptFrame], others: Sequence[str]
-) -> Told:
+) -> ToldPairs:
     """Pairs of frames: what the policy saw, and the same with the instruction of the task in `others`.
 
     The noise is what the policy drew there. The other run is source and counterfactual in one: the scene is the same,
@@ -59,7 +59,7 @@ def told_otherwise(
         noise = SeededNoise.of(model, base.rows([0]))
     drawn = [noise([each.seed], each.env_step) for each in frames]
     draws = [torch.cat(each) for each in zip(*drawn, strict=True)]
-    return Told(Pairs(base, other, other, draws), tuple((f.task, t) for f, t in zip(frames, others, strict=True)))
+    return ToldPairs(Pairs(base, other, other, draws), tuple((f.task, t) for f, t in zip(frames, others, strict=True)))
 
 
 def choose_frames(frames: Sequence[KeptFrame], n: int, seed: int) -> list[KeptFrame]:
@@ -84,7 +84,7 @@ def other_goals(
 
 
 def sweep_sites(
-    model: HookedVLA, told: Told, sites: Sequence[str], tokens: Sequence[str], rows: int = 16
+    model: HookedVLA, told: ToldPairs, sites: Sequence[str], tokens: Sequence[str], rows: int = 16
 ) -> pd.DataFrame:
     """How much of the way to the other goal's actions a whole patch leads, at every site and in every segment.
 
@@ -156,7 +156,7 @@ class Search:
 
 
 def fit_subspaces(
-    swaps: Interchange, told: Told, sizes: Sequence[int], search: Search, seed: int
+    swaps: Interchange, told: ToldPairs, sizes: Sequence[int], search: Search, seed: int
 ) -> tuple[dict[str, Subspace], tuple[float, ...]]:
     """Every method's subspace of at most max(sizes) dimensions, fitted on the same pairs; and DAS's losses.
 
@@ -184,7 +184,7 @@ def fit_subspaces(
 
 
 def effect_curve(
-    swaps: Interchange, told: Told, subspaces: Mapping[str, Subspace], sizes: Sequence[int]
+    swaps: Interchange, told: ToldPairs, subspaces: Mapping[str, Subspace], sizes: Sequence[int]
 ) -> pd.DataFrame:
     """Effect of swaps on held-out pairs by method and number of dimensions: 0 the base's actions, 1 the other goal's.
 
