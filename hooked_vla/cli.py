@@ -15,6 +15,7 @@ from hooked_vla.describe import hook_table, hooks_markdown, n_parameters, pathwa
 from hooked_vla.rollouts.cli import rollouts
 from hooked_vla.rollouts.experiments.cli import experiment
 from hooked_vla.rollouts.export_cli import export
+from hooked_vla.rollouts.sae.cli import sae
 from hooked_vla.serving.cli import serve
 from hooked_vla.training.cli import train
 from hooked_vla.vla import HookedVLA
@@ -29,6 +30,7 @@ app.command()(export)
 app.command()(serve)
 app.command()(train)
 app.add_typer(experiment, name="experiment")
+app.add_typer(sae, name="sae")
 
 
 class CommandError(typer.BadParameter):

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from hooked_vla.hooks.cache_file import write_safetensors
 from hooked_vla.kernels import delta_splice, fold_bias, sae_splice
+from hooked_vla.kernels.checks import wide
+from hooked_vla.kernels.delta_splice import MAX_FEATURES, splice_edit
 
 FORMAT = "hooked-vla splice 1"
-# the most that kernels.delta_splice takes
-MAX_FEATURES = 64
 _WEIGHTS = ("w_enc", "b_enc", "w_dec", "b_dec")
 
 
@@ -120,6 +120,17 @@ class SpliceSAE:
         cast = {"w_enc": w_enc, "w_dec": w_dec, "b_dec": b_dec}
         return replace(self, **{name: t.to(getattr(self, name).dtype) for name, t in cast.items()}, file=None)
 
+    def to(self, dtype: torch.dtype) -> "SpliceSAE":
+        """The same autoencoder with its encoder and decoder rounded to a dtype; biases and thresholds stay as they are.
+
+        With the dtype of a bfloat16 model, encodings of the whole dictionary run on a GPU's tensor cores, and it takes
+        half the memory; pre-activations are then those of rounded weights, in which other features may be among the k.
+        Raises TypeError for a dtype that holds no fractions.
+        """
+        if not dtype.is_floating_point:
+            raise TypeError(f"SAE: dtype must be a floating-point one, got {dtype}")
+        return replace(self, w_enc=self.w_enc.to(dtype), w_dec=self.w_dec.to(dtype), file=None)
+
     def save(self, path: str | Path) -> "SpliceSAE":
         """Write a safetensors file, which appears when complete; returns the autoencoder that knows it."""
         path = Path(path)
@@ -181,8 +192,13 @@ class Weights(NamedTuple):
 
 def _placed(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Weights in the tokens' dtype if they have it already, else in float32 (float64 for float64 tokens)."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return tensor.to(device, dtype if tensor.dtype == dtype else wide).contiguous()
+    return tensor.to(device, dtype if tensor.dtype == dtype else wide(dtype)).contiguous()
+
+
+def _folded(w_enc: Tensor, b_enc: Tensor, b_dec: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The encoder's bias with the decoder's folded in; for float64 tokens nothing is rounded below that."""
+    exact = w_enc.double() if dtype == torch.float64 else w_enc
+    return fold_bias(exact, b_enc, b_dec).to(device, wide(dtype))
 
 
 def rows_of(sae: SpliceSAE, features: Sequence[int], dtype: torch.dtype, device: torch.device) -> Rows:
@@ -192,26 +208,26 @@ def rows_of(sae: SpliceSAE, features: Sequence[int], dtype: torch.dtype, device:
     """
     if sae.threshold is None:
         raise ValueError("SAE: the features of a TopK autoencoder compete, so all of them are needed")
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    sums = wide(dtype)
     chosen = torch.tensor(features, device=sae.w_enc.device)
     w_enc, w_dec = sae.w_enc[chosen], sae.w_dec[chosen]
     return Rows(
         _placed(w_enc, dtype, device),
-        fold_bias(w_enc, sae.b_enc[chosen], sae.b_dec).to(device, wide),
-        sae.threshold[chosen].to(device, wide),
+        _folded(w_enc, sae.b_enc[chosen], sae.b_dec, dtype, device),
+        sae.threshold[chosen].to(device, sums),
         _placed(w_dec, dtype, device),
     )
 
 
 def weights_of(sae: SpliceSAE, dtype: torch.dtype, device: torch.device) -> Weights:
     """The whole autoencoder, for tokens of a dtype on a device; the decoder's bias is folded into b_enc."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    sums = wide(dtype)
     return Weights(
         _placed(sae.w_enc, dtype, device),
-        fold_bias(sae.w_enc, sae.b_enc, sae.b_dec).to(device, wide),
+        _folded(sae.w_enc, sae.b_enc, sae.b_dec, dtype, device),
         _placed(sae.w_dec, dtype, device),
-        sae.b_dec.to(device, wide),
-        None if sae.threshold is None else sae.threshold.to(device, wide),
+        sae.b_dec.to(device, sums),
+        None if sae.threshold is None else sae.threshold.to(device, sums),
     )
 
 
@@ -225,15 +241,14 @@ def edit_features(
     """
     if len(rows.threshold) <= MAX_FEATURES:
         return delta_splice(x, *rows, *tables, row=row, mask=mask)
-    wide = tables.scale.dtype
-    scale, shift, lo, hi = tables if row is None else (each.index_select(0, row) for each in tables)
-    z = x.to(wide) @ rows.w_enc.to(wide).T + rows.b_enc
-    f = torch.where(z > rows.threshold, z, 0)
-    delta = (torch.clamp(scale * f + shift, lo, hi) - f) @ rows.w_dec.to(wide)
-    if mask is not None:
-        delta = torch.where(mask[:, None], delta, 0)
-    # x + 0 is not x where x is -0.0
-    return torch.where(delta == 0, x, (x.to(wide) + delta).to(x.dtype))
+    # edits of different features add up
+    delta = x.new_zeros(x.shape, dtype=wide(x.dtype))
+    for start in range(0, len(rows.threshold), MAX_FEATURES):
+        few = slice(start, start + MAX_FEATURES)
+        chosen = tuple(each[few] for each in rows)
+        delta += splice_edit(x, chosen, tuple(each[:, few].contiguous() for each in tables), row, mask)
+    # x + 0 is not x where x is -0.0; a token outside the mask may hold NaN, which makes no sum
+    return torch.where(delta == 0, x, (x.to(wide(x.dtype)) + delta).to(x.dtype))
 
 
 def splice(

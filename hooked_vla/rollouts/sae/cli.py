@@ -67,6 +67,50 @@ def collect(
     _print_store(store)
 
 
+@sae.command()
+def train(
+    site: Annotated[list[str], typer.Option(help='where, as in "expert.blocks.*.hook_resid_post"; may come several '
+                                                 "times")],
+    out: Annotated[Path, typer.Option(help="folder of the autoencoders; a run that was interrupted goes on")],
+    model: Annotated[str, typer.Option(help="a checkpoint's name, folder or hub id")],
+    suite: Annotated[str, typer.Option(help="where the policy acts meanwhile: goal, object, ...")] = "goal",
+    store: Annotated[Path | None, typer.Option(help="what `collect` kept of the model; it then need not act")] = None,
+    preset: Annotated[str, typer.Option(help="hooked, atlas, atlas-temporal, drvla or event")] = "hooked",
+    change: Annotated[list[str] | None, typer.Option("--set", help="change one of the preset's settings, as in k=32 or "
+                                                                   "architecture=topk; may come several times")] = None,
+    steps: Annotated[int | None, typer.Option(help="of training; else the preset's")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="150 small steps, to see that everything works")] = False,
+    seed: Annotated[int, typer.Option(help="of weights, and of the first episode")] = 0,
+    device: Annotated[str, typer.Option(help="where model and training run: cpu, cuda, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="of the model's weights: float32 or bfloat16")] = "float32",
+    n_envs: Annotated[int, typer.Option(help="episodes side by side in one batch")] = 8,
+) -> None:  # fmt: skip
+    """Train sparse autoencoders of a policy's sites, all on one pass, and evaluate them on other episodes."""
+    with mistakes(), redirect_stdout(sys.stderr):
+        from dataclasses import replace
+
+        from hooked_vla.rollouts.jobs import ModelSource
+        from hooked_vla.rollouts.sae import training as work
+        from hooked_vla.rollouts.settings import Options
+        from hooked_vla.sae.store import TokenStore
+
+        amount = work.QUICK if quick else work.Amount()
+        amount = amount if steps is None else replace(amount, steps=steps)
+        changes = work.read_changes(change or ())
+        if store is not None:
+            found = work.train_on_store(
+                TokenStore(store), site, preset, model, amount, out, seed, changes, device, progress=True
+            )  # fmt: skip
+        else:
+            source = ModelSource(model, device=device, dtype=dtype)
+            found = work.train_on_policy(
+                source, suite, site, preset, amount, out, seed, changes, Options(n_envs), progress=True
+            )  # fmt: skip
+    for each, evaluation in found:
+        typer.echo(f"{each.config.site}: {evaluation}")
+    typer.echo(f"wrote {out}")
+
+
 @contextmanager
 def mistakes() -> Iterator[None]:
     """A user's mistake is shown without a traceback, and what is not the command's fault is said in one line."""

@@ -91,4 +91,5 @@ def _known(text: str, measured: list[float], counts: list[int], said: set[str]) 
     digits = len(bare.partition("e")[0].partition(".")[2]) - int(bare.partition("e")[2] or 0)
     # as far as it was printed
     off = 0.5 * 10.0**-digits * (1 + 1e-9)
-    return any(abs(abs(value * scale) - abs(number)) <= off for value in measured for scale in _SCALES)
+    values = [*measured, *(float(each) for each in said if each.count(".") < 2)]
+    return any(abs(abs(value * scale) - abs(number)) <= off for value in values for scale in _SCALES)

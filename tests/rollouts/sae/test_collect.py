@@ -207,16 +207,16 @@ def test_a_source_gives_the_rows_of_its_episodes(store):
 
 def test_batches_come_from_all_sites_and_go_on_exactly(model):
     whole, first, second = source(), source(), source()
-    batches = [batch for _, batch in zip(range(5), whole.batches(100), strict=False)]
+    batches = [batch for _, batch in zip(range(5), whole.batches(60), strict=False)]
     assert isinstance(whole, Source) and whole.groups == [[VISION], [VLM], [EXPERT]]
     assert {site: list(rows.shape) for site, rows in batches[0].items()} == {
-        site: [100, whole.widths[site]] for site in SITES
+        site: [60, whole.widths[site]] for site in SITES
     }
-    taken = first.batches(100)
+    taken = first.batches(60)
     for _ in range(2):
         next(taken)
     second.load_state_dict(first.state_dict())
-    rest = [batch for _, batch in zip(range(3), second.batches(100), strict=False)]
+    rest = [batch for _, batch in zip(range(3), second.batches(60), strict=False)]
     assert all(torch.equal(a[site], b[site]) for a, b in zip(rest, batches[2:], strict=True) for site in SITES)
     for each in (whole, first, second):
         each.close()
@@ -226,9 +226,9 @@ def test_batches_come_from_all_sites_and_go_on_exactly(model):
 def test_the_model_is_the_callers_between_batches(model):
     own, plain = source(), source()
     obs = Observation({c: np.zeros((32, 32, 3), np.uint8) for c in ("agent", "wrist")}, np.zeros(4, np.float32), "go")
-    expected = list(zip(range(3), plain.batches(100), strict=False))
+    expected = list(zip(range(3), plain.batches(60), strict=False))
     noise = SeededNoise.of(model, obs)([0], 0)
-    batches, threads = own.batches(100), torch.get_num_threads()
+    batches, threads = own.batches(60), torch.get_num_threads()
     for _, batch in expected:
         mine = next(batches)
         assert all(torch.equal(mine[site], batch[site]) for site in SITES)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooked_vla.analysis.attention import CameraView, camera_views
 from hooked_vla.analysis.attention_figures import COLOURS as MAP
-from hooked_vla.analysis.attention_figures import around_one, draw_overlay, overlay, to_bytes
+from hooked_vla.analysis.attention_figures import draw_overlay, overlay, to_bytes
 from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.hooks import HookPoint
 from hooked_vla.hooks.model import HookRequest
@@ -29,11 +29,12 @@ from hooked_vla.rollouts.video import Film
 with needs_analysis_extra():
     import pandas as pd
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import Normalize, TwoSlopeNorm
     from matplotlib.figure import Figure
 
 OUTLINE = "#00ff66"
-# attention at this many times the uniform share is drawn in the strongest colour of a film
+# attention at this many times the uniform share is drawn in the strongest colour of a picture, and of a film
+_MOST = 5.0
 _FILM_REACH = 3.0
 _FILM_SCALE = 3
 
@@ -51,7 +52,7 @@ def draw_maps(maps: Maps, chosen: Sequence[Chosen], camera: str) -> tuple[Figure
         for i in shown for each in chosen
     }  # fmt: skip
     # one scale for all panels: the same colour is the same number
-    norm = around_one(list(grids.values()))
+    norm = TwoSlopeNorm(1.0, 0.0, min(_MOST, max(float(grid.max()) for grid in grids.values())))
     figure = new_figure(2.9 + 2.3 * len(chosen), 0.9 + 2.5 * len(shown))
     panels = figure.subplots(len(shown), 1 + len(chosen), squeeze=False)
     for row, i in zip(panels, shown, strict=True):
@@ -67,13 +68,13 @@ def draw_maps(maps: Maps, chosen: Sequence[Chosen], camera: str) -> tuple[Figure
     for axes, each in zip(panels[0, 1:], chosen, strict=True):
         axes.set_title(f"{each.label}\n{each.reader}\n{each.what}", fontsize=8)
     scale = ScalarMappable(norm, MAP)
-    figure.colorbar(scale, ax=panels, shrink=0.8).set_label(
+    figure.colorbar(scale, ax=panels, shrink=0.8, spacing="proportional", extend="max").set_label(
         "attention, 1 is the mean of the camera's tokens", fontsize=8
     )
     figure.suptitle(f"“{maps.moments[shown[0]].instruction}”", fontsize=10)
     caption = (
         f"Attention to the {camera} camera's tokens, as multiples of their mean: red more, blue less, on one scale for "
-        "all panels. The target is outlined."
+        f"all panels, whose end is at most {_MOST:g}. The target is outlined."
     )
     return figure, caption
 

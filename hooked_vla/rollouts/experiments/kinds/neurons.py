@@ -102,7 +102,12 @@ def run(context: Context, settings: Settings) -> Outcome:
     return Outcome(
         main=table,
         verdicts=_verdicts(context, shifts, doses),
-        tables={"neurons": neurons, "contrasts": contrasts, "clusters": clusters},
+        tables={
+            "neurons": neurons,
+            "contrasts": contrasts,
+            "clusters": clusters,
+            "unit": pd.DataFrame([{"dose": 1.0, "activation": unit}]),
+        },
         figures=dose_figures(table),
         notes=_notes(context, settings, unit, table),
     )

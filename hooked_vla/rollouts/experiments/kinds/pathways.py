@@ -296,7 +296,7 @@ def _verdicts(
         return [Verdict(rule, None, why) for rule in ("raw", "gap", "beyond-noise")]
     by = {row["per"]: row for row in records(gaps) if row["condition"] == DONOR}
     raw = by["displacement"]
-    larger = decide(raw["low"], raw["high"], threshold(context, "raw"), below=False)
+    larger = _above(raw["low"], raw["high"], threshold(context, "raw"))
     return [
         Verdict(
             "raw",
@@ -307,6 +307,11 @@ def _verdicts(
         _gap(context, larger, by),
         _beyond_verdict(context, beyond),
     ]
+
+
+def _above(low: float, high: float, limit: float) -> bool | None:
+    """Whether a quantity is above a limit, and not at it, by its interval."""
+    return decide(-high, -low, -limit, below=True)
 
 
 def _ratio(row: Mapping[str, Any]) -> str:
@@ -321,7 +326,7 @@ def _gap(context: Context, larger: bool | None, by: Mapping[str, Mapping[str, An
     if larger is not True:
         return Verdict(rule, None, f"raw, the expert's injection is not shown to move the arm farther. {said}")
     limit = threshold(context, rule)
-    each = {per: decide(by[per]["nearer_low"], by[per]["nearer_high"], limit, below=False) for per in counted}
+    each = {per: _above(by[per]["nearer_low"], by[per]["nearer_high"], limit) for per in counted}
     holds = False if False in each.values() else None if None in each.values() else True
     words = {True: "smaller", False: "not smaller", None: "undecided"}
     return Verdict(rule, holds, f"{said}; the gap is {', '.join(f'{words[each[per]]} {PER[per]}' for per in counted)}")
@@ -331,7 +336,7 @@ def _beyond_verdict(context: Context, beyond: pd.DataFrame) -> Verdict:
     """Against noise that keeps its direction: what changes at every call averages out, and is the weaker control."""
     rule, limit = "beyond-noise", threshold(context, "beyond-noise")
     rows = records(beyond)
-    held = [decide(row["low"], row["high"], limit, below=False) for row in rows if row["than"] == NOISE]
+    held = [_above(row["low"], row["high"], limit) for row in rows if row["than"] == NOISE]
     holds = False if False in held else None if None in held else True
     said = "; ".join(f"{row['pathway']}: {_ratio(row)} the displacement of {row['than']}" for row in rows)
     return Verdict(rule, holds, said + undecided(holds))

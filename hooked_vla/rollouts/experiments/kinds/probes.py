@@ -56,8 +56,8 @@ _NAMES = {"block": "goal: block", "pad": "goal: pad"}
 class Settings:
     """episodes: unedited ones whose plans are probed. removal_episodes: of each arm of the removal. sites: globs of
     what is probed; inputs: of what directions are also taken out of, but where nothing is scored: an input token says
-    what it was given. n_folds: of tasks. n_shuffles: how often labels are shuffled. max_steps: after which an episode has
-    failed."""
+    what it was given. n_folds: of tasks. n_shuffles: how often labels are shuffled. max_steps: after which an episode
+    has failed."""
 
     episodes: int
     removal_episodes: int
