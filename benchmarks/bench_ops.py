@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -16,6 +18,7 @@ from xml.etree import ElementTree
 import gpu_clock
 import torch
 import typer
+from gpu_chunk import chunk_target
 from gpu_predictions import predictions
 from harness import RESULTS, ROOT, Row, Target, check_targets, clock, compare, in_turns, machine, report, write_json
 from op_cases import CASES, Case, Inputs, Shape, chunk, first_tokens, in_float64, widths
@@ -48,6 +51,8 @@ CPU_LIMITS = {"delta_splice": 1 / 100, "sae_splice": 1 / 2.5, "lowrank_edit": 1 
 GPU_LIMITS = {"sae_splice": 1 / 4}
 # of a copy's speed, on a GPU with at least so many tokens
 LEAST_SHARE, SHARE_FROM = {"lowrank_edit": 0.6}, 1024
+# µs of one call in a CUDA graph, at the target's shape and for a chunk of π0.5's expert
+MOST_US = {"delta_splice": 8.0}
 
 
 def _last(case: ElementTree.Element, attribute: str) -> str:
@@ -253,6 +258,18 @@ def share_targets(cases: Sequence[tuple[Case, Shape]], details: Mapping[str, dic
     return found
 
 
+def time_targets(cases: Sequence[tuple[Case, Shape]], rows: Sequence[Row]) -> list[Target]:
+    """Whether ops are as fast in a CUDA graph as they are meant to be. ratio: µs of one call."""
+    ours = {row.size: row.ms * 1e3 for row in rows if row.variant == OURS}
+    found = []
+    for case, shape in cases:
+        most, label = MOST_US.get(case.op), f"{case.op} {shape}"
+        in_a_chunk = (shape.n, shape.d) == (chunk(), widths()["pi05 expert"])
+        if most is not None and shape.device != "cpu" and (at_target(shape) or in_a_chunk):
+            found.append(Target(label, OURS, "µs in a graph", most, ours[label], ours[label] <= most))
+    return found
+
+
 def show(console: Console, entries: Sequence[dict[str, Any]], rows: Sequence[Row], met: dict[str, bool]) -> None:
     table = Table("op", "n", "d", "m", "k", "dtype", "eager ms", "ours ms", "× faster", "× floor", "target")
     ours = [row for row in rows if row.variant == OURS]
@@ -274,6 +291,47 @@ def limits(cases: Sequence[tuple[Case, Shape]]) -> dict[tuple[str, str], float]:
     return found
 
 
+@dataclass
+class Measured:
+    """What has been timed so far. left_out: labels of shapes for which there was no time."""
+
+    rates: tuple[float, float]
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    details: dict[str, dict[str, float]] = field(default_factory=dict)
+    timed: list[tuple[Case, Shape]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def add(self, case: Case, shape: Shape, rounds: int, quick: bool) -> None:
+        found, error = time_case(case, shape, rounds, quick)
+        ours = next(row for row in found if row.variant == OURS)
+        self.rows += found
+        self.details[ours.size] = {"error": error, "copy_share": copy_share(case, shape, ours, self.rates[0])}
+        self.timed.append((case, shape))
+        self.entries.append(entry(case, shape, ours, floor_seconds(case, shape, *self.rates)))
+
+    def targets(self) -> list[Target]:
+        return [
+            *check_targets(self.rows, limits(self.timed)),
+            *share_targets(self.timed, self.details),
+            *time_targets(self.timed, self.rows),
+        ]
+
+
+def measure(
+    found: Measured, queue: Sequence[tuple[Case, Shape]], rounds: int, quick: bool, until: float,
+    keep: Callable[[], None],
+) -> None:  # fmt: skip
+    """Times everything in the queue, op after op; `keep` is called after each of them. until: time.monotonic()."""
+    for i, (case, shape) in enumerate(queue):
+        if time.monotonic() > until:
+            found.left_out.append(f"{case.op} {shape}")
+            continue
+        found.add(case, shape, rounds, quick)
+        if i + 1 == len(queue) or queue[i + 1][0] is not case:
+            keep()
+
+
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="few shapes, in under a minute")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="where the list of ratios goes")] = None,
@@ -282,8 +340,12 @@ def main(
     ops: Annotated[list[str] | None, typer.Option("--op", help="only these; may be given several times")] = None,
     threads: Annotated[int, typer.Option(help="of torch")] = 1,
     rounds: Annotated[int | None, typer.Option(help="in place of the device's own number")] = None,
+    within: Annotated[float, typer.Option(help="seconds after which no shape is begun; left out ones are named")] = (
+        float("inf")
+    ),
 ) -> None:
     """Time the kernels, once their tests are green."""
+    until = time.monotonic() + within
     known = [case.op for case in CASES]
     if unknown := sorted(set(ops or ()) - set(known)):
         raise typer.BadParameter(f"op {unknown[0]!r} is unknown; there are {', '.join(known)}")
@@ -301,34 +363,38 @@ def main(
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     rates = ceilings(device, dtype)
     count = rounds or (QUICK_ROUNDS if quick else ROUNDS[device])
-    entries, rows, details, timed = [], [], {}, []
-    for case in chosen:
-        for shape in shapes(case.op, device, quick):
-            found, error = time_case(case, shape, count, quick)
-            ours = next(row for row in found if row.variant == OURS)
-            rows += found
-            details[ours.size] = {"error": error, "copy_share": copy_share(case, shape, ours, rates[0])}
-            timed.append((case, shape))
-            entries.append(entry(case, shape, ours, floor_seconds(case, shape, *rates)))
-    targets = [*check_targets(rows, limits(timed)), *share_targets(timed, details)]
-    show(console, entries, rows, {target.size: target.met for target in targets})
-    about = {
+    where = report_file or (None if quick else RESULTS / f"bench_ops_{device}.json")
+    about: dict[str, Any] = {
         "machine": machine(threads) | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}),
         "rounds": count,
         "clock": clock()[0] if device == "cpu" else "events around graph replays",
         "copy_gb_per_s": round(rates[0] / 1e9, 1),
         "product_tflop_per_s": round(rates[1] / 1e12, 2),
-        "entries": entries,
-        "details": details,
+        "complete": False,
     }
+    found, extra = Measured(rates), list[Target]()
+
+    def keep() -> None:
+        """What there is so far: whatever stops the run later, this was measured."""
+        about.update(entries=found.entries, details=found.details, left_out=found.left_out)
+        if where is not None:
+            write_json(where, report(found.rows, [*found.targets(), *extra], about))
+
+    queue = [(case, shape) for case in chosen for shape in shapes(case.op, device, quick)]
+    measure(found, queue, count, quick, until, keep)
     if device != "cpu" and not quick:
         about["predictions"] = predictions()
-    if report_file is not None or not quick:
-        where = report_file or RESULTS / f"bench_ops_{device}.json"
-        write_json(where, report(rows, targets, about))
+        keep()
+        extra.append(chunk_target())
+    about["complete"] = not found.left_out
+    keep()
+    show(console, found.entries, found.rows, {target.size: target.met for target in found.targets()})
+    if found.left_out:
+        console.print(f"no time was left for {len(found.left_out)} shapes: {', '.join(found.left_out)}")
+    if where is not None:
         console.print(f"written: {where}")
     if json_file is not None:
-        write_json(json_file, entries)
+        write_json(json_file, found.entries)
         console.print(f"written: {json_file}")
 
 

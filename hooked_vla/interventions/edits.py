@@ -88,7 +88,7 @@ class Edit:
             given = getattr(self, each.name)
             if each.metadata.get("as") == VALUES and given is not None:
                 object.__setattr__(self, each.name, Values(given, each.metadata["what"]))
-            if each.metadata.get("as") == NUMBER and given is not None:
+            if each.metadata.get("as") == NUMBER and (given is not None or each.default is not None):
                 number = as_number(given)
                 if number is None or isnan(number):
                     raise ValueError(f"{each.name} must be a number, got {given!r}")

@@ -108,7 +108,8 @@ def whole_numbers(given: Places, what: str) -> tuple[int, ...]:
     plain: Any = given
     if hasattr(plain, "flatten") and hasattr(plain, "tolist"):
         plain = plain.flatten().tolist()
-    listed = tuple(plain) if isinstance(plain, Iterable) else (plain,)
+    several = tuple(plain) if isinstance(plain, Iterable) else (plain,)
+    listed = tuple(each.item() if getattr(each, "ndim", None) == 0 else each for each in several)
     if not all(hasattr(type(each), "__index__") and not isinstance(each, bool) for each in listed):
         raise TypeError(f"{what} must be a whole number or several, got {given!r}")
     return tuple(operator.index(each) for each in listed)

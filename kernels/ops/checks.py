@@ -4,13 +4,24 @@ Shape, dtype, device and contiguity are always checked. Values are checked only 
 host synchronisation, which a GPU would wait for and which neither a captured graph nor a compiled one may contain.
 """
 
+import operator
+import weakref
 from collections.abc import Sequence
 from math import isfinite
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Dtypes = torch.dtype | tuple[torch.dtype, ...]
+
+# id -> a parameter that was found in order, and what its contents were then: see `check_parameter`
+_looked_at: dict[int, tuple[weakref.ref[Tensor], tuple[Any, ...]]] = {}
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums over tokens of a dtype are kept in: float32, float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -75,6 +86,16 @@ def validates(validate: bool | None, x: Tensor) -> bool:
     return x.device.type == "cpu" if validate is None else validate
 
 
+def check_int(op: str, name: str, value: Any) -> int:
+    """The number as Python has it. Raises TypeError unless it is a whole one: True, 2.0 and tensors are not."""
+    # the second is a size that torch.compile leaves open
+    if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
+        return value  # pyright: ignore[reportReturnType]
+    if isinstance(value, bool | Tensor) or not hasattr(type(value), "__index__"):
+        raise TypeError(f"{op}: {name} must be a whole number, got {value!r} ({type(value).__name__})")
+    return operator.index(value)
+
+
 def check_range(op: str, name: str, indices: Tensor, upper: int, lower: int = 0) -> None:
     """Raises ValueError unless every index is in [lower, upper). Synchronises with the host."""
     if indices.numel() == 0:
@@ -91,8 +112,7 @@ def check_finite(op: str, name: str, t: Tensor, rows: Tensor | None = None, infi
     rows: bool, one for each row of t; only those are looked at.
     """
     # a sum is finite only if every term is; it costs one pass and no temporary
-    wide = torch.float64 if t.dtype == torch.float64 else torch.float32
-    if isfinite(t.sum(dtype=wide).item()):
+    if isfinite(t.sum(dtype=wide(t.dtype)).item()):
         return
     bad = t.isnan() if infinite else ~t.isfinite()
     if rows is not None:
@@ -101,3 +121,27 @@ def check_finite(op: str, name: str, t: Tensor, rows: Tensor | None = None, infi
         where = tuple(int(each) for each in bad.nonzero()[0])
         wanted = "no NaN" if infinite else "finite values"
         raise ValueError(f"{op}: {name} must hold {wanted}, got {t[where].item()} at {list(where)}")
+
+
+def check_parameter(op: str, name: str, t: Tensor, infinite: bool = False) -> None:
+    """`check_finite` of what stays the same from call to call: weights and tables of edits.
+
+    A tensor that was found in order is looked at again only once PyTorch has counted a change in place, or its memory
+    is another. What is written past PyTorch (through `.data` or NumPy) is not counted. Tensors made in inference mode
+    count nothing: those are looked at every time.
+    """
+    if t.is_inference():
+        check_finite(op, name, t, infinite=infinite)
+        return
+    key, state = id(t), (t._version, t.data_ptr(), t.dtype, infinite)
+    held = _looked_at.get(key)
+    if held is not None and held[0]() is t and held[1] == state:
+        return
+    check_finite(op, name, t, infinite=infinite)
+
+    def forget(gone: weakref.ref[Tensor]) -> None:
+        # its number may belong to another tensor by now
+        if (entry := _looked_at.get(key)) is not None and entry[0] is gone:
+            del _looked_at[key]
+
+    _looked_at[key] = (weakref.ref(t, forget), state)

@@ -6,7 +6,7 @@ An override holds for the whole process, not for a thread: backward passes run i
 import importlib.util
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
 from types import TracebackType
 from typing import Any
@@ -42,17 +42,24 @@ class use:
         global _override
         if path is not None and path not in PATHS:
             raise ValueError(f"use: path must be one of {', '.join(map(repr, PATHS))} or None, got {path!r}")
-        self.previous = _override
+        self.path, self._is_entered = path, False
+        # what to go back to, for each block that is open
+        self._before = [_override]
         _override = path
 
     def __enter__(self) -> None:
-        return None
+        global _override
+        # of the first block it was noted when the object was made
+        if self._is_entered:
+            self._before.append(_override)
+        self._is_entered = True
+        _override = self.path
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         global _override
-        _override = self.previous
+        _override = self._before.pop()
 
 
 @cache
@@ -114,6 +121,33 @@ def _there(run: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     return on_device
 
 
+def _is_autocast(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def _as_declared(run: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """`run` without torch.autocast, which would make its matrix products in another dtype than the op promises."""
+
+    def without_autocast(*args: Any) -> Any:
+        with torch.autocast(device.type, enabled=False):
+            return run(*args)
+
+    return without_autocast
+
+
+def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A gradient formula (ctx, gradients...) in the dtypes that it states, whatever torch.autocast is around it."""
+
+    @wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        device = next((each.device for each in grads if each is not None), None)
+        if device is None or not _is_autocast(device):
+            return backward(ctx, *grads)
+        return _as_declared(backward, device)(ctx, *grads)
+
+    return run
+
+
 def paths_of(package: str, function: str, paths: Sequence[str] = PATHS) -> dict[str, Callable[[], Callable[..., Any]]]:
     """What `implementation` takes, for a package with a module for each path, which is imported when it is taken."""
     return {path: lambda path=path: getattr(import_module(f"{package}.{path}"), function) for path in paths}
@@ -136,6 +170,8 @@ def implementation(op: str, paths: Mapping[str, Callable[[], Callable[..., Any]]
         _logged.add(key)
         logger.info("%s on %s: %s path, because %s", op, x.device.type, path, why)
     run = paths[path]()
+    if _is_autocast(x.device):
+        run = _as_declared(run, x.device)
     if path == "fused" and x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
         return _there(run, x.device)
     return run

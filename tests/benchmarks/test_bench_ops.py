@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import typer
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import bench_ops
+import gpu_chunk
+from harness import Row
 from op_cases import CASES, Inputs, Shape, widths
 
-from hooked_vla import kernels
+from hooked_vla import HookedVLA, kernels
 
 ROOT = Path(__file__).parents[2]
 SMALL = Shape(70, 48, 300, 12, 4, torch.float32, "cpu")
@@ -55,6 +58,54 @@ def test_shapes_are_those_of_the_models() -> None:
     assert len(set(timed)) == len(timed)
     targets = bench_ops.limits([(case, shape) for case in CASES for shape in bench_ops.shapes(case.op, "cpu", True)])
     assert len(targets) == 3
+
+
+def test_times_in_a_graph_are_targets_on_a_gpu() -> None:
+    case = next(case for case in CASES if case.op == "delta_splice")
+    sizes = [(256, 1024, 32768), (50, 1024, 8192), (50, 2048, 16384), (1024, 1024, 8192)]
+    for device, n_targets in (("cuda", 2), ("cpu", 0)):
+        cases = [(case, Shape(*size, 64, 16, torch.bfloat16, device)) for size in sizes]
+        rows = [Row(f"delta_splice {shape}", bench_ops.OURS, "x", 1, 1, 1, 1, 0.0081) for _, shape in cases]
+        found = bench_ops.time_targets(cases, rows)
+        assert len(found) == n_targets
+        assert all((target.limit, target.ratio, target.met) == (8.0, 8.1, False) for target in found)
+
+
+def test_what_was_measured_is_kept_and_what_was_not_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each op; a shape that fails loses nothing, and past the limit none is begun."""
+    cases = [case for case in CASES if case.op in ("delta_splice", "sparse_decode", "rank_count")]
+    queue = [(case, replace(SMALL, n=n)) for case in cases for n in (3, 4)]
+    now, kept = iter(range(100)), []
+
+    def timed(case: Any, shape: Shape, rounds: int, quick: bool) -> tuple[list[Row], float]:
+        if case.op == "rank_count" and shape.n == 4:
+            raise RuntimeError("late")
+        return [Row(f"{case.op} {shape}", bench_ops.OURS, bench_ops.EAGER, 0.5, 0.5, 0.5, 2.0, 1.0)], 0.0
+
+    monkeypatch.setattr(bench_ops, "time_case", timed)
+    monkeypatch.setattr(bench_ops.time, "monotonic", lambda: next(now))
+    found = bench_ops.Measured((1e9, 1e9))
+    with pytest.raises(RuntimeError, match="late"):
+        bench_ops.measure(found, queue, 1, True, 100.0, lambda: kept.append(len(found.entries)))
+    assert kept == [2, 4] and len(found.entries) == 5 and not found.left_out
+    found, now = bench_ops.Measured((1e9, 1e9)), iter(range(100))
+    bench_ops.measure(found, queue, 1, True, 2.5, lambda: kept.append(len(found.entries)))
+    assert [f"{case.op} {shape}" for case, shape in queue[3:]] == found.left_out and len(found.entries) == 3
+
+
+def test_the_share_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = HookedVLA.from_spec("pi05", "tiny").requires_grad_(False)
+    edits = gpu_chunk.edits_of(model, expansion=4)
+    layers = [name for name in model.hook_points if name.startswith("expert.blocks.") and "resid_post" in name]
+    assert [edit.site for edit in edits] == layers and len(layers) > 1
+    monkeypatch.setattr(model, "compile", lambda mode: nullcontext())
+    clock = iter([0.0, 1.0, 0.0, 1.02] * 10)
+    monkeypatch.setattr(gpu_chunk.time, "perf_counter", lambda: next(clock))
+    seconds, cost = gpu_chunk.share(model, edits, rounds=2)
+    assert seconds == 1.0 and cost == pytest.approx(0.02)
+    idle = [replace(edit, scale=1.0) for edit in edits]
+    with pytest.raises(RuntimeError, match="the edits change no action"):
+        gpu_chunk.share(model, idle, rounds=1)
 
 
 def test_shares_of_a_copys_speed_are_targets_on_a_gpu() -> None:

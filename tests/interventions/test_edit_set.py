@@ -1,4 +1,4 @@
-"""Edits on a model: each computes its formula on the tokens it is for, and leaves every other bit alone."""
+"""Edits on a model: where and when they act, what `set` changes, what is refused, and that nothing stays behind."""
 
 import warnings
 
@@ -6,6 +6,7 @@ import jaxtyping
 import pytest
 import torch
 from conftest import make_observation
+from edited_model import BANK, BASIS, EXPERT, SAE, SITE, SOURCE, TOPK, D, V, randn, segment, value
 from test_edits import make_sae
 from tolerance import assert_close
 from torch import Tensor
@@ -18,7 +19,6 @@ from hooked_vla.interventions import (
     Clamp,
     CutSetWarning,
     DeadEndWarning,
-    Edit,
     EditSet,
     Overwrite,
     Patch,
@@ -28,24 +28,6 @@ from hooked_vla.interventions import (
     Scale,
     SubspacePatch,
 )
-from hooked_vla.sae.splice import SpliceSAE
-
-SITE, EXPERT = "vlm.blocks.1.hook_resid_post", "expert.blocks.1.hook_resid_post"
-D = 64
-DTYPES = [torch.float32, torch.bfloat16]
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-V, BASIS, BANK = randn(D), randn(3, D, seed=1), randn(20, D, seed=2)
-SAE, TOPK = make_sae(32, D), make_sae(32, D, k=4)
-
-
-@pytest.fixture(scope="module", params=DTYPES, ids=str)
-def model(request) -> HookedVLA:
-    return HookedVLA.from_spec("smolvla", "tiny", dtype=request.param).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -59,160 +41,6 @@ def unchecked_shapes():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
-
-
-def value(model: HookedVLA, *edits: Edit, site: str = SITE, seed: int = 0) -> Tensor:
-    """What the hook point holds under the edits; nothing behind it runs."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CutSetWarning)
-        _, cache = model.run_with_cache(make_observation(seed=seed), site, stop_at=site, edits=edits)
-    return cache[site]
-
-
-def segment(model: HookedVLA, name: str) -> Tensor:
-    return model.segments(model.prepare(make_observation()))["vlm"].mask(name)
-
-
-def bits(value: Tensor) -> Tensor:
-    return value.view(torch.int32 if value.dtype == torch.float32 else torch.int16)
-
-
-def project(x: Tensor, basis: Tensor) -> Tensor:
-    q = torch.linalg.qr(basis.double().T).Q
-    return x @ q @ q.T
-
-
-def features(x: Tensor, sae: SpliceSAE) -> Tensor:
-    w_enc, b_enc, _, b_dec = (sae.tensors()[name].double() for name in ("w_enc", "b_enc", "w_dec", "b_dec"))
-    z = (x - b_dec) @ w_enc.T + b_enc
-    if sae.threshold is not None:
-        return torch.where(z > sae.threshold.double(), z, 0)
-    return torch.where(z >= z.topk(sae.k).values[..., -1:], z.clamp_min(0), 0)
-
-
-def decode(f: Tensor, sae: SpliceSAE) -> Tensor:
-    return f @ sae.w_dec.double() + sae.b_dec.double()
-
-
-def with_features(x: Tensor, sae: SpliceSAE, keep: bool = True) -> Tensor:
-    f = features(x, sae)
-    g = f.clone()
-    g[..., [5, 2]] = (torch.tensor([2.0, 0.0]) * f[..., [5, 2]] + 1).clamp(max=3)
-    return decode(g, sae) + (x - decode(f, sae) if keep else 0)
-
-
-CHANGE = {"scale": [2.0, 0.0], "shift": 1.0, "high": 3.0}
-SOURCE = randn(2, 39, D, seed=3)
-FORMULAS = {
-    "patch": (Patch(SITE, SOURCE), lambda x: SOURCE.double()),
-    "patch with a vector": (Patch(SITE, V), lambda x: V.double().expand_as(x)),
-    "blend": (Patch(SITE, SOURCE, 0.25), lambda x: x + 0.25 * (SOURCE.double() - x)),
-    "patch of channels": (
-        Patch(SITE, SOURCE, channels=[1, 3]),
-        lambda x: torch.where(torch.isin(torch.arange(D), torch.tensor([1, 3])), SOURCE.double(), x),
-    ),
-    "add": (Add(SITE, V, -1.5), lambda x: x - 1.5 * V),
-    "add relative": (AddRelative(SITE, V, 0.5), lambda x: x + 0.5 * x.norm(dim=-1, keepdim=True) * V / V.norm()),
-    "scale": (Scale(SITE, -0.5), lambda x: x * -0.5),
-    "clamp": (Clamp(SITE, -0.25, 0.5), lambda x: x.clamp(-0.25, 0.5)),
-    "zero": (Ablate(SITE, "zero"), lambda x: x * 0),
-    "mean": (Ablate(SITE, "mean", V), lambda x: V.double().expand_as(x)),
-    "project out": (ProjectOut(SITE, BASIS), lambda x: x - project(x, BASIS)),
-    "project half out": (ProjectOut(SITE, V, 0.5, V), lambda x: x - 0.5 * project(x - V, V[None])),
-    "subspace": (SubspacePatch(SITE, SOURCE, BASIS, 0.5), lambda x: x + 0.5 * project(SOURCE - x, BASIS)),
-    "overwrite": (Overwrite(SITE, 4.0), lambda x: torch.full_like(x, 4)),
-    "overwrite channels": (
-        Overwrite(SITE, [7.0, 8.0], channels=[0, 9]),
-        lambda x: x.index_copy(2, torch.tensor([0, 9]), torch.tensor([7.0, 8.0]).double().expand(2, 39, 2)),
-    ),
-    "reconstruct": (SAEReconstruct(SITE, SAE), lambda x: decode(features(x, SAE), SAE)),
-    "reconstruct top k": (SAEReconstruct(SITE, TOPK), lambda x: decode(features(x, TOPK), TOPK)),
-    "reconstruct means": (
-        SAEReconstruct(SITE, SAE, pool="segment"),
-        lambda x: x + (decode(features(x.mean(1, True), SAE), SAE) - x.mean(1, True)),
-    ),
-    "features": (SAEFeatureEdit(SITE, SAE, [5, 2], **CHANGE), lambda x: with_features(x, SAE)),
-    "features without error": (
-        SAEFeatureEdit(SITE, SAE, [5, 2], keep_error=False, **CHANGE),
-        lambda x: with_features(x, SAE, keep=False),
-    ),
-    "features of top k": (SAEFeatureEdit(SITE, TOPK, [5, 2], **CHANGE), lambda x: with_features(x, TOPK)),
-    "features of means": (
-        SAEFeatureEdit(SITE, SAE, [5, 2], pool="segment", **CHANGE),
-        lambda x: x + (with_features(x.mean(1, True), SAE) - x.mean(1, True)),
-    ),
-}
-
-
-@pytest.mark.parametrize("case", FORMULAS)
-def test_each_computes_its_formula(model: HookedVLA, case: str) -> None:
-    edit, formula = FORMULAS[case]
-    x = value(model)
-    expected = formula(x.double())
-    edited = value(model, edit)
-    # relative to the size of what the sums are made of: sources and features are of the size of the activations
-    size = x.double().abs().max()
-    assert_close(edited.double() / size, expected / size, x.dtype)
-    assert not torch.equal(edited, x)
-
-
-@pytest.mark.parametrize("case", FORMULAS)
-def test_tokens_outside_keep_their_bits(model: HookedVLA, case: str) -> None:
-    """Even -0.0, which x + 0 is not."""
-    from dataclasses import replace
-
-    if case == "reconstruct means":
-        case = "features of means"
-    edit = replace(FORMULAS[case][0], tokens="language", positions=range(8, 36))
-    zeros = Overwrite(SITE, -0.0, positions=range(0, 39, 2))
-    before, after = value(model, zeros), value(model, zeros, edit)
-    inside = segment(model, "language")
-    inside[:, :8] = inside[:, 36:] = False
-    assert inside.any() and not inside.all()
-    assert torch.equal(bits(before)[~inside], bits(after)[~inside])
-    assert not torch.equal(before[inside], after[inside])
-
-
-IDENTITIES = {
-    "patch from itself": lambda x: Patch(SITE, x),
-    "strength 0": lambda x: Patch(SITE, SOURCE, 0.0),
-    "blend with itself": lambda x: Patch(SITE, x, 0.5),
-    "add 0": lambda x: Add(SITE, V, 0.0),
-    "add relative 0": lambda x: AddRelative(SITE, V, 0.0),
-    "scale 1": lambda x: Scale(SITE, 1.0),
-    "wide clamp": lambda x: Clamp(SITE, -100.0, 100.0),
-    "no projection": lambda x: ProjectOut(SITE, BASIS, 0.0),
-    "subspace from itself": lambda x: SubspacePatch(SITE, x, BASIS),
-    "features as they are": lambda x: SAEFeatureEdit(SITE, SAE, range(32)),
-    "top k features as they are": lambda x: SAEFeatureEdit(SITE, TOPK, [1, 2]),
-    "means' features as they are": lambda x: SAEFeatureEdit(SITE, SAE, 1, pool="segment"),
-    "100 features as they are": lambda x: SAEFeatureEdit(SITE, make_sae(128, D), range(100)),
-}
-
-
-@pytest.mark.parametrize("case", IDENTITIES)
-def test_identity_edits_change_no_bit(model: HookedVLA, case: str) -> None:
-    zeros = Overwrite(SITE, -0.0, positions=range(0, 39, 2))
-    before = value(model, zeros)
-    after = value(model, zeros, IDENTITIES[case](before))
-    assert torch.equal(bits(before), bits(after))
-
-
-def test_many_features_are_edited_as_few_are(tiny: HookedVLA) -> None:
-    sae = make_sae(128, D)
-    whole = SAEFeatureEdit(SITE, sae, range(100), scale=0.0)
-    x = value(tiny)
-    f = features(x.double(), sae)
-    f[..., 100:] = 0
-    assert_close(value(tiny, whole), x - f @ sae.w_dec.double())
-
-
-def test_resampling_takes_tokens_of_the_bank_by_seed(tiny: HookedVLA) -> None:
-    first, again = (value(tiny, Ablate(SITE, "resample", BANK, seed=1)) for _ in range(2))
-    other = value(tiny, Ablate(SITE, "resample", BANK, seed=2))
-    chosen = (first[:, :, None] == BANK).all(-1)
-    assert bool(chosen.any(-1).all()) and torch.equal(chosen[0], chosen[1])
-    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_edits_act_in_their_order(tiny: HookedVLA) -> None:
@@ -317,7 +145,7 @@ def test_set_changes_what_the_next_pass_does(tiny: HookedVLA) -> None:
         ("steer", {"direction": [1.0, 2.0]}, ValueError, r"direction is \[2\], but .* is 64 wide"),
         ("patch", {"source": SOURCE}, ValueError, r"table would be \[1, 78, 64\] in place of \[1, 1, 64\]"),
         ("patch", {"strength": None}, ValueError, "strength cannot be given or left out later"),
-        ("sae", {"features": [1, 2]}, ValueError, r"w_enc|scale would be"),
+        ("sae", {"features": [1, 2]}, ValueError, r"\(SAEFeatureEdit\): features would be 2 in place of 1, all rows"),
         ("sae", {"sae": TOPK}, ValueError, "sae cannot change"),
     ],
 )
@@ -521,3 +349,11 @@ def test_dead_ends_are_warned_of(tiny: HookedVLA) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         EditSet(tiny, [Scale(SITE, 2.0)])
+
+
+@pytest.mark.parametrize("where", ["rows", "positions"])
+def test_what_a_kernel_refuses_is_told_as_the_edits(tiny: HookedVLA, where: str) -> None:
+    broken = Patch(SITE, torch.full((D,), 3e38), name="break", **{where: 1})
+    worse = Scale(SITE, 100.0, name="overflow")
+    with pytest.raises(ValueError, match=rf"^edit 'steer' \(Add\) at {SITE}: lowrank_edit: x must hold finite values"):
+        value(tiny, broken, worse, Add(SITE, V, 1.0, name="steer"))

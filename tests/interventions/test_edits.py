@@ -6,6 +6,7 @@ import re
 from dataclasses import FrozenInstanceError, replace
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 
@@ -218,11 +219,52 @@ def test_edits_of_rows() -> None:
         (lambda: SAEFeatureEdit("x", make_sae(), [1, 2], scale=[1.0]), "scale has 1 numbers for 2 features"),
         (lambda: SAEFeatureEdit("x", make_sae(), 1, low=2.0, high=1.0), "low must be at most high, got 2 and 1 for fe"),
         (lambda: SAEFeatureEdit("x", make_sae(), 1, shift=math.inf), "shift must be finite"),
+        (lambda: SAEFeatureEdit("x", make_sae(), 1, low=math.inf), "low and high must leave a finite number, got inf"),
+        (lambda: SAEFeatureEdit("x", make_sae(), [1, 2], high=[1.0, -math.inf]), "got -inf and -inf for feature 2"),
     ],
 )
 def test_what_makes_no_sense_is_refused(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_numbers_come_from_tensors_and_arrays_too() -> None:
+    """As they leave topk, argmax and NumPy."""
+    sae = make_sae()
+    plain = SAEFeatureEdit("x", sae, [3, 1], scale=[0.5, 2.0], shift=1.5)
+    for given in (torch.tensor([3, 1]), np.array([3, 1]), torch.tensor([[3, 1]]), [np.int64(3), torch.tensor(1)]):
+        assert SAEFeatureEdit("x", sae, given, scale=[0.5, 2.0], shift=1.5) == plain
+    for kind in (torch.tensor, np.array):
+        assert SAEFeatureEdit("x", sae, [3, 1], scale=kind([0.5, 2.0]), shift=kind(1.5)) == plain
+    for one in (torch.tensor(3), np.uint8(3), np.array(3)):
+        assert SAEFeatureEdit("x", sae, one) == SAEFeatureEdit("x", sae, 3)
+    for number in (np.float32(2), np.float64(2), np.int64(2), torch.tensor(2.0), np.array(2.0)):
+        assert Add("x", [1.0], number) == Add("x", [1.0], 2) and Overwrite("x", number) == Overwrite("x", 2)
+    by_array = Scale("x", 1.0, rows=torch.tensor([2, 0]), positions=np.arange(3))
+    assert by_array == Scale("x", 1.0, rows=[0, 2], positions=range(3))
+    json.dumps(describe_edits([plain, Add("x", [1.0], np.float32(2))]))
+    for bad in (True, torch.tensor([1.0, 2.0]), "2", np.bool_(True), None, 2j):
+        with pytest.raises(ValueError, match="strength must be a number, got"):
+            Add("x", [1.0], bad)
+    for bad in (torch.tensor([1.0]), np.array([True]), [1.5], "3", torch.tensor(True), [torch.tensor(1.5)]):
+        with pytest.raises(TypeError, match="features must be a whole number or several, got"):
+            SAEFeatureEdit("x", sae, bad)
+    for bad in ({}, object()):
+        with pytest.raises((TypeError, ValueError), match="scale"):
+            SAEFeatureEdit("x", sae, 1, scale=bad)
+
+
+def test_an_autoencoder_in_another_dtype() -> None:
+    sae = make_sae()
+    narrow = sae.to(torch.bfloat16)
+    assert {name: each.dtype for name, each in narrow.tensors().items()} == {
+        "w_enc": torch.bfloat16, "w_dec": torch.bfloat16, "b_enc": torch.float32, "b_dec": torch.float32,
+        "threshold": torch.float32,
+    }  # fmt: skip
+    assert torch.equal(narrow.w_enc, sae.w_enc.bfloat16()) and narrow != sae and sae.to(torch.float32) == sae
+    with pytest.raises(TypeError, match=r"SAE: dtype must be a floating-point one, got torch.int8"):
+        sae.to(torch.int8)
 
 
 @pytest.mark.usefixtures("unchecked_shapes")

@@ -1,10 +1,22 @@
 """Every message names the op, the argument, what was expected and what came."""
 
+import gc
+
+import numpy as np
 import pytest
 import torch
 from bounds import plain_calls
 
-from hooked_vla.kernels.checks import check_finite, check_matrix, check_range, check_same, validates
+from hooked_vla.kernels import checks
+from hooked_vla.kernels.checks import (
+    check_finite,
+    check_int,
+    check_matrix,
+    check_parameter,
+    check_range,
+    check_same,
+    validates,
+)
 
 X = torch.zeros(3, 4)
 
@@ -86,3 +98,62 @@ def test_values_are_looked_at_on_a_cpu_unless_told() -> None:
     torch._dynamo.reset()
     torch.compile(traced, backend="eager")(X)
     assert seen in ([], [False])
+
+
+@plain_calls()
+def test_parameters_are_looked_at_again_when_they_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+
+    def look(op: str, name: str, t: torch.Tensor, infinite: bool = False) -> None:
+        looked.append(name)
+        check_finite(op, name, t, infinite=infinite)
+
+    monkeypatch.setattr(checks, "check_finite", look)
+    weights = torch.zeros(3, 4)
+    for _ in range(3):
+        check_parameter("op", "w", weights)
+    check_parameter("op", "another", weights.clone())
+    assert looked == ["w", "another"]
+    # allowing infinity is another question
+    check_parameter("op", "w", weights, infinite=True)
+    check_parameter("op", "w", weights)
+    assert len(looked) == 4
+    part = weights[1]
+    with torch.no_grad():
+        part[2] = torch.nan
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"op: w must hold finite values, got nan at \[1, 2\]"):
+            check_parameter("op", "w", weights)
+    weights.zero_()
+    check_parameter("op", "w", weights)
+    weights.data = torch.full((2,), torch.inf)
+    with pytest.raises(ValueError, match="w must hold finite values, got inf"):
+        check_parameter("op", "w", weights)
+    with torch.inference_mode():
+        uncounted = torch.zeros(2)
+    check_parameter("op", "w", uncounted)
+    with torch.inference_mode():
+        uncounted[0] = torch.nan
+    with pytest.raises(ValueError, match="w must hold finite values, got nan"):
+        check_parameter("op", "w", uncounted)
+
+
+@plain_calls()
+def test_parameters_that_are_gone_are_forgotten() -> None:
+    weights = torch.zeros(5)
+    number = id(weights)
+    check_parameter("op", "w", weights)
+    assert number in checks._looked_at
+    del weights
+    gc.collect()
+    assert number not in checks._looked_at
+
+
+@plain_calls()
+def test_whole_numbers() -> None:
+    for good in (3, np.int64(3), np.uint8(3)):
+        found = check_int("op", "k", good)
+        assert found == 3 and type(found) is int
+    for bad in (2.0, 2.5, "3", True, np.float32(2), None, torch.tensor(2)):
+        with pytest.raises(TypeError, match=r"^op: k must be a whole number, got "):
+            check_int("op", "k", bad)

@@ -61,11 +61,11 @@ def test_equals_decoding_edited_features_and_the_error_term() -> None:
 
     one = torch.ones(1, 3, dtype=torch.float64)
     scale = torch.tensor([[0.0, 2.0, -1.0]], dtype=torch.float64)
-    folded = fold_bias(w_enc[chosen], b_enc[chosen], b_dec).double()
+    folded = fold_bias(w_enc[chosen], b_enc[chosen], b_dec)
     weights = (w_enc[chosen], folded, threshold[chosen], w_dec[chosen])
     y, features = delta_splice_features(x, *weights, scale, one / 2, -torch.inf * one, torch.inf * one)
-    assert_within(y, expected, 1e-6)
-    assert_within(features, f[:, chosen], 1e-6)
+    assert_within(y, expected, OUTPUT[torch.float64])
+    assert_within(features, f[:, chosen], OUTPUT[torch.float64])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -173,6 +173,7 @@ def test_gradients(n_rows: int) -> None:
         assert (f == 0).any() and (f > 0).any() and u[6] - u[5] > 1e-4 and u[12] - u[11] > 1e-4
     assert torch.autograd.gradcheck(lambda *args: delta_splice_features(*args, **options), leaves)
     assert torch.autograd.gradcheck(lambda *args: delta_splice(*args, **options), leaves)
+    assert torch.autograd.gradgradcheck(lambda *args: delta_splice(*args, **options), leaves, fast_mode=True)
 
 
 @plain_calls()
@@ -181,6 +182,34 @@ def test_gradients_keep_the_dtype_of_what_they_are_of() -> None:
     delta_splice(*leaves).float().square().sum().backward()
     for name, leaf in zip(NAMES, leaves, strict=True):
         assert leaf.grad is None if name == "threshold" else leaf.grad.dtype == leaf.dtype, name
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_masked_tokens_leak_nothing_into_gradients(bad: float) -> None:
+    given, options = tensors(n_rows=2), rows_and_mask(37, 2)
+    outside = (~options["mask"]).nonzero()[:, 0]
+    spoiled, slope = given[0].clone(), torch.randn(37, 24)
+    spoiled[outside[0]] = bad
+    slope[outside[0]] = bad
+    found = []
+    for x in (given[0], spoiled):
+        tokens_and_rest = zip(NAMES, [x, *given[1:]], strict=True)
+        leaves = [each.clone().requires_grad_(name != "threshold") for name, each in tokens_and_rest]
+        y = delta_splice(*leaves, **options)
+        y.backward(slope if x is spoiled else slope.nan_to_num(0.0, 0.0))
+        found.append([leaf.grad for leaf in leaves if leaf.requires_grad])
+    for clean, dirty in zip(*([each[1:] for each in found]), strict=True):
+        assert torch.equal(clean, dirty)
+    assert torch.equal(found[0][0][options["mask"]], found[1][0][options["mask"]])
+
+
+def test_features_of_masked_tokens_have_gradients() -> None:
+    given = tensors()
+    w_enc = given[1].clone().requires_grad_()
+    mask = torch.zeros(37, dtype=torch.bool)
+    f = delta_splice_features(given[0], w_enc, *given[2:], mask=mask)[1]
+    f.sum().backward()
+    assert_within(w_enc.grad, (f > 0).float().T @ given[0], OUTPUT[torch.float32])
 
 
 @plain_calls()
@@ -270,5 +299,8 @@ def test_refuses_rows_and_masks_that_do_not_fit() -> None:
 def test_fold_bias_sums_in_float64() -> None:
     w_enc = torch.tensor([[1e8, 1.0, -1e8]])
     assert fold_bias(w_enc, torch.tensor([0.25]), torch.ones(3)).tolist() == [-0.75]
+    assert fold_bias(w_enc.bfloat16(), torch.zeros(1), torch.ones(3)).dtype == torch.float32
+    third = torch.tensor([1 / 3], dtype=torch.float64)
+    assert torch.equal(fold_bias(torch.ones(1, 1).double(), third, torch.zeros(1)), third)
     with plain_calls(), pytest.raises(ValueError, match=r"fold_bias: b_dec must have shape \[3\], got \[2\]"):
         fold_bias(w_enc, torch.zeros(1), torch.zeros(2))

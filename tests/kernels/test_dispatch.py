@@ -102,6 +102,23 @@ def test_use_holds_until_the_next_or_the_end_of_its_block() -> None:
     assert chosen(CPU) == "cpu"
 
 
+def test_one_use_in_several_blocks() -> None:
+    reference = use("reference")
+    for _ in range(2):
+        with reference:
+            assert chosen(CPU) == "reference"
+            with use("cpu"), reference:
+                assert chosen(CPU) == "reference"
+            assert chosen(CPU) == "reference"
+        assert chosen(CPU) == "cpu"
+    # what is in force between making it and entering it changes nothing
+    later = use("reference")
+    use("cpu")
+    with later:
+        assert chosen(CPU) == "reference"
+    assert chosen(CPU) == "cpu"
+
+
 def test_errors_name_the_op_and_its_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"path must be one of 'reference', 'fused', 'cpu' or None, got 'cuda'"):
         use("cuda")

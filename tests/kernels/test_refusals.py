@@ -62,12 +62,8 @@ def good(name: str) -> dict[str, Any]:
 OPS = sorted(set(kernels.__all__) - {"use"})
 # the argument that the others must fit: where it is elsewhere or of another dtype, one of those is named
 LEADING = {"select_topk": "z", "sparse_backward": "w_dec", "sparse_decode": "w_dec", "fold_bias": "w_enc"}
-# whole dictionaries are not searched for NaN (sae_encode_topk finds it in its result); fold_bias runs once, beforehand
-NOT_SEARCHED = {
-    "encode_gmax": ("w_enc",), "sae_encode_topk": ("w_enc",), "sae_splice": ("w_enc", "w_dec"),
-    "sparse_backward": ("w_dec",), "sparse_decode": ("w_dec",), "select_topk": ("maxima",),
-    "fold_bias": ("w_enc", "b_enc", "b_dec"),
-}  # fmt: skip
+# what fold_bias makes, every op looks at; of a dictionary sae_splice reads edited features' rows, here not the first
+NOT_SEARCHED = {"fold_bias": ("w_enc", "b_enc", "b_dec"), "sae_splice": ("w_enc", "w_dec")}
 
 
 def spread(t: Tensor) -> Tensor:
@@ -149,6 +145,51 @@ def test_good_arguments_run(op: str) -> None:
     getattr(kernels, op)(**arguments)
     optional = set(inspect.signature(getattr(kernels, op)).parameters) - set(arguments)
     assert optional <= {"validate", "relu", "k"}
+
+
+@pytest.mark.parametrize("gate", ["k", "threshold"])
+@plain_calls()
+def test_what_is_read_of_a_dictionary_is_searched(gate: str, nothing_runs: None) -> None:
+    arguments = good("sae_splice") | {"error": False}
+    if gate == "k":
+        arguments |= {"threshold": None, "k": K}
+    for name in ("w_enc", "w_dec"):
+        # neither the first nor an edited feature
+        spoiled = arguments[name].clone()
+        spoiled[7, 2] = torch.nan
+        with pytest.raises(ValueError, match=rf"^sae_splice: {name} must hold finite values, got nan at \[7, 2\]"):
+            kernels.sae_splice(**(arguments | {name: spoiled}))
+        spoiled = arguments[name].clone()
+        spoiled[63] = torch.nan
+        kept = arguments | {name: spoiled, "error": True}
+        with pytest.raises(ValueError, match=f"^sae_splice: {name}.* must hold finite values, got nan"):
+            kernels.sae_splice(**kept)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if "lo" in good(op)])
+@plain_calls()
+def test_bounds_leave_a_finite_number(op: str, nothing_runs: None) -> None:
+    for name, bad in (("lo", torch.inf), ("hi", -torch.inf)):
+        bounds = {each: torch.full((R, S), bad) for each in ("lo", "hi")}
+        with pytest.raises(ValueError, match=rf"^{op}: {name} must leave a finite number, got {bad} at \[0, 0\]"):
+            getattr(kernels, op)(**(good(op) | bounds))
+
+
+@pytest.mark.parametrize("op", ["segment_mean", "segment_mean_delta"])
+@plain_calls()
+def test_numbers_of_segments_are_whole(op: str, nothing_runs: None) -> None:
+    for bad in (2.0, True, "2"):
+        with pytest.raises(TypeError, match=f"^{op}: n_segments must be a whole number, got {bad!r}"):
+            getattr(kernels, op)(**(good(op) | {"n_segments": bad}))
+
+
+@plain_calls()
+def test_a_wrong_mask_is_named_whatever_the_tokens_hold(nothing_runs: None) -> None:
+    arguments = good("sae_splice")
+    arguments["x"] = arguments["x"] * torch.nan
+    for mask, error in ((torch.ones(N - 1, dtype=torch.bool), ValueError), (torch.ones(N), TypeError)):
+        with pytest.raises(error, match="^sae_splice: mask must"):
+            kernels.sae_splice(**(arguments | {"mask": mask}))
 
 
 @pytest.mark.parametrize(("op", "k"), [("sae_encode_topk", M + 1), ("select_topk", 0), ("sae_splice", M + 1)])

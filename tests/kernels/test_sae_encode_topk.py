@@ -263,8 +263,20 @@ WRONG = {
     "k zero": ({"k": 0}, ValueError, r"k must lie in \[1, 24\], the number of features, got 0"),
     "x a NaN": ({"x": torch.full((4, 5), torch.nan)}, ValueError, "x must hold finite values, got nan"),
     "b_enc infinite": ({"b_enc": torch.full((24,), torch.inf)}, ValueError, "b_enc must hold finite values, got inf"),
-    "w_enc a NaN": ({"w_enc": torch.full((24, 5), torch.nan)}, ValueError, "w_enc must hold finite values .*got nan"),
-}
+    "w_enc a NaN": ({"w_enc": torch.full((24, 5), torch.nan)}, ValueError, "w_enc must hold finite values, got nan"),
+    "w_enc a row": (
+        {"w_enc": torch.zeros(24, 5).index_fill(0, torch.tensor(3), -torch.inf), "k": 24, "relu": False}, ValueError,
+        r"w_enc must hold finite values, got -inf at \[3, 0\]",
+    ),
+    "too large a product": (
+        {"x": torch.full((4, 5), 1e30), "w_enc": torch.full((24, 5), -1e30), "k": 24, "relu": False}, ValueError,
+        "w_enc's product with x must hold finite values, got -inf",
+    ),
+    "k a fraction": ({"k": 2.5}, TypeError, "k must be a whole number, got 2.5"),
+    "k a float": ({"k": 3.0}, TypeError, "k must be a whole number, got 3.0"),
+    "k a word": ({"k": "3"}, TypeError, "k must be a whole number, got '3'"),
+    "k a truth": ({"k": True}, TypeError, "k must be a whole number, got True"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -297,6 +309,10 @@ def test_the_choice_says_what_is_wrong() -> None:
             select_topk(*wrong)
     with pytest.raises(TypeError, match="^select_topk: z must be float32 or float64, got bfloat16"):
         select_topk(z.bfloat16(), z, 2)
+    with pytest.raises(TypeError, match="^select_topk: k must be a whole number, got 2.0"):
+        select_topk(z, torch.zeros(4, 3), 2.0)
+    with pytest.raises(TypeError, match="^encode_gmax: group must be a whole number, got 8.0"):
+        encode_gmax(*make(4, 5, 24), 8.0)
 
 
 def test_values_are_looked_at_only_when_asked() -> None:

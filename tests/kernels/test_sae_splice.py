@@ -214,6 +214,24 @@ def test_gradients_by_differences(path: str | None, error: bool, gate: str) -> N
     assert torch.autograd.gradcheck(run, inputs, nondet_tol=0.0)
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("error", [False, True])
+@pytest.mark.parametrize("gate", ["topk", "threshold"])
+def test_masked_tokens_leak_nothing_into_gradients(path: str | None, error: bool, gate: str) -> None:
+    case = make(gate, error)
+    spoiled = case.x.clone()
+    outside = (~case.mask).nonzero()[:, 0]
+    spoiled[outside[0]], spoiled[outside[1]] = torch.nan, torch.inf
+    names = ["x", "w_enc", "b_enc", "w_dec", "scale", "shift"] + ([] if error else ["b_dec"])
+    found = []
+    for x in (case.x, spoiled):
+        leaves = {name: getattr(replace(case, x=x), name).clone().requires_grad_() for name in names}
+        replace(case, **leaves).run(path)[case.mask].square().sum().backward()
+        found.append([leaf.grad for leaf in leaves.values()])
+    for name, clean, dirty in zip(names, *found, strict=True):
+        assert torch.equal(clean, dirty), name
+
+
 @pytest.mark.parametrize("error", [False, True])
 @pytest.mark.parametrize("gate", ["topk", "threshold"])
 @plain_calls()

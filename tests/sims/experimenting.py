@@ -1,4 +1,4 @@
-"""Experiments on a simulator's suites, from the first observation to the report; of random weights, no claim is made."""
+"""Experiments on a simulator's suites, from the first look to the report; of random weights no claim is made."""
 
 from dataclasses import replace
 from pathlib import Path

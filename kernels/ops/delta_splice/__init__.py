@@ -8,10 +8,17 @@ inference (one threshold for all), since every feature that is not edited cancel
 """
 
 import torch
-from jaxtyping import Bool, Float, Float32, Int32
+from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
-from hooked_vla.kernels.checks import check_finite, check_matrix, check_range, validates
+from hooked_vla.kernels.checks import (
+    check_finite,
+    check_matrix,
+    check_parameter,
+    check_range,
+    validates,
+    wide,
+)
 from hooked_vla.kernels.delta_splice import autograd
 from hooked_vla.kernels.dispatch import implementation, paths_of
 
@@ -61,18 +68,32 @@ def check_features(
     """Raises unless x is [n d] and the features' weights fit it."""
     check_matrix(op, "x", x, (None, None), DTYPES)
     d, device = x.shape[1], x.device
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    sums = wide(x.dtype)
     check_matrix(op, "w_enc", w_enc, (None, d), (x.dtype, torch.float32), device)
     n_features = w_enc.shape[0]
     if n_features > MAX_FEATURES:
         raise ValueError(f"{op}: w_enc must have at most {MAX_FEATURES} rows (edited features), got {n_features}")
-    check_matrix(op, "b_enc", b_enc, (n_features,), wide, device)
-    check_matrix(op, "threshold", threshold, (n_features,), wide, device)
+    check_matrix(op, "b_enc", b_enc, (n_features,), sums, device)
+    check_matrix(op, "threshold", threshold, (n_features,), sums, device)
     check_matrix(op, "w_dec", w_dec, (n_features, d), (x.dtype, torch.float32), device)
     if validate:
         for name, weights in (("w_enc", w_enc), ("b_enc", b_enc), ("w_dec", w_dec)):
-            check_finite(op, name, weights)
-        check_finite(op, "threshold", threshold, infinite=True)
+            check_parameter(op, name, weights)
+        check_parameter(op, "threshold", threshold, infinite=True)
+
+
+def _check_bounds(op: str, lo: Tensor, hi: Tensor) -> None:
+    """Raises unless some finite number lies between each lo and its hi."""
+    # false for NaN too
+    if bool(((lo <= hi) & (lo < torch.inf) & (hi > -torch.inf)).all()):
+        return
+    check_finite(op, "lo", lo, infinite=True)
+    check_finite(op, "hi", hi, infinite=True)
+    if bool((lo > hi).any()):
+        raise ValueError(f"{op}: lo must be at most hi, got {(lo > hi).nonzero()[0].tolist()} the other way round")
+    name, table, bad = ("lo", lo, torch.inf) if bool((lo == torch.inf).any()) else ("hi", hi, -torch.inf)
+    where = (table == bad).nonzero()[0].tolist()
+    raise ValueError(f"{op}: {name} must leave a finite number, got {bad} at {where}")
 
 
 def check_edits(
@@ -96,20 +117,17 @@ def check_edits(
     elif n_rows != 1:
         raise ValueError(f"{op}: row must say which of the {n_rows} rows of scale each token uses, got None")
     if validate:
-        check_finite(op, "scale", scale)
-        check_finite(op, "shift", shift)
-        # false for NaN too
-        if not bool((lo <= hi).all()):
-            check_finite(op, "lo", lo, infinite=True)
-            check_finite(op, "hi", hi, infinite=True)
-            raise ValueError(f"{op}: lo must be at most hi, got {(lo > hi).nonzero()[0].tolist()} the other way round")
+        check_parameter(op, "scale", scale)
+        check_parameter(op, "shift", shift)
+        _check_bounds(op, lo, hi)
         if row is not None:
             check_range(op, "row", row, n_rows)
 
 
 def _checked(
-    op: str, tensors: tuple[Tensor, ...], row: Tensor | None, mask: Tensor | None, validate: bool | None, emit: bool
-) -> tuple[Tensor, Tensor]:
+    op: str, tensors: tuple[Tensor, ...], row: Tensor | None, mask: Tensor | None, validate: bool | None,
+    emit: bool = False, edit_only: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     x, w_enc, b_enc, threshold, w_dec, scale, shift, lo, hi = tensors
     values = isinstance(x, Tensor) and validates(validate, x)
     check_features(op, x, w_enc, b_enc, threshold, w_dec, values)
@@ -118,7 +136,7 @@ def _checked(
         check_matrix(op, "mask", mask, (x.shape[0],), torch.bool, x.device)
     if values:
         check_finite(op, "x", x, rows=mask)
-    return splice_op(x, w_enc, b_enc, threshold, w_dec, scale, shift, lo, hi, row, mask, emit, False)
+    return splice_op(x, w_enc, b_enc, threshold, w_dec, scale, shift, lo, hi, row, mask, emit, edit_only)
 
 
 def delta_splice(
@@ -147,15 +165,16 @@ def delta_splice(
 
     Sums are float32. Where the mask is False or the edit is exactly zero, the output has x's own bits. In Triton a
     token's result depends neither on the other tokens nor on how many there are; elsewhere that is up to PyTorch's
-    matrix product. Contents of every tensor may change between replays of a captured graph. Differentiable in x, the
-    weights, b_enc and the tables; not in threshold.
+    matrix product. Contents of every tensor may change between replays of a captured graph. Differentiable, any number
+    of times, in x, the weights, b_enc and the tables; not in threshold.
 
     validate: look at the values too (default: on a CPU only, since it synchronises).
     Raises TypeError for wrong dtypes; ValueError for wrong shapes, devices, layouts and S, and when values are looked
-    at for NaN (infinity too, but in threshold, lo and hi) in edited tokens or parameters, `row` out of range, lo > hi.
+    at for NaN (infinity too, but in threshold, lo and hi) in edited tokens or parameters, `row` out of range, lo > hi,
+    and lo and hi that are both infinite in the same direction.
     """
     tensors = (x, w_enc, b_enc, threshold, w_dec, scale, shift, lo, hi)
-    return _checked("delta_splice", tensors, row, mask, validate, emit=False)[0]
+    return _checked("delta_splice", tensors, row, mask, validate)[0]
 
 
 def delta_splice_features(
@@ -178,14 +197,25 @@ def delta_splice_features(
     return _checked("delta_splice_features", tensors, row, mask, validate, emit=True)
 
 
+def splice_edit(
+    x: Tensor, rows: tuple[Tensor, ...], tables: tuple[Tensor, ...], row: Tensor | None, mask: Tensor | None
+) -> Float[Tensor, "n d"]:
+    """What `delta_splice` would add to x, not rounded: float32 (float64 for float64 x); 0 outside of the mask.
+
+    rows: w_enc, b_enc, threshold, w_dec; tables: scale, shift, lo, hi. Raises as delta_splice.
+    """
+    return _checked("delta_splice", (x, *rows, *tables), row, mask, None, edit_only=True)[0]
+
+
 def fold_bias(
     w_enc: Float[Tensor, "S d"], b_enc: Float[Tensor, " S"], b_dec: Float[Tensor, " d"]
-) -> Float32[Tensor, " S"]:
+) -> Float[Tensor, " S"]:
     """b_enc - w_enc·b_dec, summed in float64: the bias of an encoder that subtracts the decoder's bias from its input.
 
+    Returns float64 for a float64 w_enc, else float32, as the ops take it. Its values are looked at by the ops.
     Raises TypeError or ValueError for tensors that do not fit together.
     """
     check_matrix("fold_bias", "w_enc", w_enc, (None, None), contiguous=False)
     check_matrix("fold_bias", "b_enc", b_enc, (w_enc.shape[0],), device=w_enc.device, contiguous=False)
     check_matrix("fold_bias", "b_dec", b_dec, (w_enc.shape[1],), device=w_enc.device, contiguous=False)
-    return (b_enc.double() - w_enc.double() @ b_dec.double()).float()
+    return (b_enc.double() - w_enc.double() @ b_dec.double()).to(wide(w_enc.dtype))

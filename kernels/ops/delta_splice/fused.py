@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hooked_vla.kernels.aot import TENSOR_CORES, Config
+from hooked_vla.kernels.products import weighed
 
 
 @triton.jit
@@ -20,17 +21,6 @@ def _product(a, b):
     if a.dtype == b.dtype:
         return tl.dot(a, b, input_precision="ieee")
     return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-
-
-@triton.jit
-def _weigh(change, rows):
-    """change·rows, change in float32. bfloat16 rows: change as a sum of two bfloat16, 16 of its 24 bits."""
-    if rows.dtype == tl.bfloat16:
-        high = change.to(tl.bfloat16)
-        low = (change - high.to(tl.float32)).to(tl.bfloat16)
-        edit = tl.dot(low, rows, input_precision="ieee")
-        return tl.dot(high, rows, edit, input_precision="ieee")
-    return tl.dot(change, rows.to(tl.float32), input_precision="ieee")
 
 
 @triton.jit
@@ -88,7 +78,7 @@ def splice_kernel(
         in_d = at < d
         here = in_n[:, None] & in_d[None, :]
         w = tl.load(w_dec_ptr + w_rows + at[None, :], mask=in_s[:, None] & in_d[None, :], other=0.0)
-        edit = _weigh(change, w)
+        edit = weighed(change, w, tl.zeros((BLOCK_N, BLOCK_D), tl.float32))
         if EDIT_ONLY:
             tl.store(y_ptr + x_rows + at[None, :], edit, mask=here)
         else:
@@ -147,15 +137,20 @@ def delta_splice(
     return y, f
 
 
-def _config(tokens: str, weights: str, n_features: int, edit_only: bool = False) -> Config:
-    """d = 1024, with masks, rows and features: the most that the kernel does."""
+def _config(tokens: str, weights: str, n_features: int, edit_only: bool = False, least: bool = False) -> Config:
+    """With masks, rows and features, the most that the kernel does; or with none of them, as rollouts mostly call it.
+
+    d = 1024 stands for every width from 256 on that is a multiple of 16: the blocks are the same.
+    """
     block_s, block_d, warps = blocks(1024, n_features, tokens == weights == "bf16")
     tables = ("b_enc_ptr", "threshold_ptr", "scale_ptr", "shift_ptr", "lo_ptr", "hi_ptr", "f_ptr")
     pointers = {
         **dict.fromkeys(tables, "*fp32"), "x_ptr": f"*{tokens}", "w_enc_ptr": f"*{weights}", "w_dec_ptr": f"*{weights}",
         "row_ptr": "*i32", "mask_ptr": "*u8", "y_ptr": "*fp32" if edit_only else f"*{tokens}",
     }  # fmt: skip
-    flags = {"HAS_ROW": True, "HAS_MASK": True, "EMIT": not edit_only, "EDIT_ONLY": edit_only}
+    flags = {
+        "HAS_ROW": not least, "HAS_MASK": not least, "EMIT": not (edit_only or least), "EDIT_ONLY": edit_only,
+    }  # fmt: skip
     return Config(
         kernel=splice_kernel,
         signature={**pointers, "n": "i32", "d": "i32", "n_features": "i32", "threshold_stride": "i32"},
@@ -163,8 +158,9 @@ def _config(tokens: str, weights: str, n_features: int, edit_only: bool = False)
         divisible=(*pointers, "d"),
         num_warps=warps,
         num_stages=STAGES,
-        name=f"{tokens}-{weights}-S{block_s}" + ("-edit" if edit_only else ""),
-        expects=SMALL_TENSOR_CORES if tokens == weights == "bf16" else {},
+        name=f"{tokens}-{weights}-S{block_s}" + ("-edit" if edit_only else "") + ("-plain" if least else ""),
+        # of float16 only the first product: in the second, changes would lose bits, or become infinite
+        expects=SMALL_TENSOR_CORES if tokens == weights != "fp32" else {},
         options=OPTIONS,
     )
 
@@ -177,4 +173,5 @@ CONFIGS = [
     *(_config("fp32", "fp32", n_features) for n_features in (16, 32, 64)),
     *(_config("bf16", "fp32", n_features) for n_features in (16, 64)),
     *(_config("fp32", weights, 64, edit_only=True) for weights in ("bf16", "fp32")),
+    *(_config(dtype, dtype, 16, least=True) for dtype in ("bf16", "fp32")),
 ]

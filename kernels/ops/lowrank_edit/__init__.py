@@ -14,11 +14,21 @@
 The matrix B·A [d d] is never made: 4ndr products of numbers where it would take 2nd².
 """
 
+from math import isfinite
+
 import torch
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
-from hooked_vla.kernels.checks import check_finite, check_matrix, check_range, check_same, validates
+from hooked_vla.kernels.checks import (
+    check_finite,
+    check_matrix,
+    check_parameter,
+    check_range,
+    check_same,
+    validates,
+    wide,
+)
 from hooked_vla.kernels.dispatch import implementation, paths_of
 from hooked_vla.kernels.lowrank_edit import autograd
 
@@ -67,12 +77,12 @@ def _check_shapes(
     if a.shape[0] > MAX_RANK:
         raise ValueError(f"{op}: a must have at most {MAX_RANK} rows (the rank of the edit), got {a.shape[0]}")
     check_matrix(op, "b", b, (a.shape[0], d), a.dtype, device)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    check_matrix(op, "alpha", alpha, (None,), wide, device)
+    sums = wide(x.dtype)
+    check_matrix(op, "alpha", alpha, (None,), sums, device)
     n_rows = alpha.shape[0]
-    check_matrix(op, "beta", beta, (n_rows,), wide, device)
+    check_matrix(op, "beta", beta, (n_rows,), sums, device)
     if add is not None:
-        check_matrix(op, "add", add, (n_rows, d), wide, device)
+        check_matrix(op, "add", add, (n_rows, d), sums, device)
     if pair is not None:
         if src is None:
             raise ValueError(f"{op}: pair says which row of src each token takes, but src is None")
@@ -93,11 +103,15 @@ def _check_values(
     # a and b are often one tensor
     for name, value in (("a", a), ("b", None if b is a else b), ("alpha", alpha), ("beta", beta), ("add", add)):
         if value is not None:
-            check_finite(op, name, value)
+            check_parameter(op, name, value)
     if pair is not None and src is not None:
         check_range(op, "pair", pair, src.shape[0])
     if row is not None:
         check_range(op, "row", row, alpha.shape[0])
+    # a product is finite only if both are: one pass over the two
+    together = mask is None and src is not None and src.shape == x.shape
+    if together and isfinite(torch.dot(x.detach().view(-1), src.detach().view(-1)).item()):
+        return
     check_finite(op, "x", x, rows=mask)
     if src is not None:
         check_finite(op, "src", src, rows=mask if pair is None else None)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hooked_vla.kernels.dispatch import without_autocast
+
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
@@ -60,6 +62,7 @@ def _of_parameters(ctx: Any, needs: tuple[bool, ...], grad: Tensor) -> dict[int,
     return made
 
 
+@without_autocast
 def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, src, a, b, alpha, beta, add, pair, row, mask = ctx.saved_tensors
     needs = ctx.needs_input_grad

@@ -14,17 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hooked_vla.kernels.aot import TENSOR_CORES, Config
-
-
-@triton.jit
-def _multiply(values, weights, total):
-    """total + values·weights, values in float32. bfloat16 weights: values as a sum of two bfloat16, 16 of 24 bits."""
-    if weights.dtype == tl.bfloat16:
-        high = values.to(tl.bfloat16)
-        low = (values - high.to(tl.float32)).to(tl.bfloat16)
-        total = tl.dot(low, weights, total, input_precision="ieee")
-        return tl.dot(high, weights, total, input_precision="ieee")
-    return tl.dot(values, weights.to(tl.float32), total, input_precision="ieee")
+from hooked_vla.kernels.products import weighed
 
 
 @triton.jit
@@ -72,7 +62,7 @@ def project_kernel(
             if HAS_SRC:
                 difference += beta * tl.load(src_ptr + src_rows + at, mask=here, other=0.0).to(tl.float32)
             a = tl.load(a_ptr + a_rows + at, mask=(ranks < r)[:, None] & (at < d), other=0.0)
-            total = _multiply(difference, tl.trans(a), total)
+            total = weighed(difference, tl.trans(a), total)
         at_part = (split.to(tl.int64) * n + tokens)[:, None] * r + ranks[None, :]
         tl.store(part_ptr + at_part, total, mask=edited[:, None] & (ranks < r)[None, :])
 
@@ -99,7 +89,7 @@ def apply_kernel(
                     coefficients += tl.load(part_ptr + at_part, mask=inside, other=0.0)
                 b_rows = ranks.to(tl.int64)[:, None] * d
                 b = tl.load(b_ptr + b_rows + at, mask=(ranks < r)[:, None] & (at < d), other=0.0)
-                delta = _multiply(coefficients, b, delta)
+                delta = weighed(coefficients, b, delta)
         if HAS_ADD:
             add_rows = _pick(row_ptr, tokens, edited, HAS_ROW, False)[:, None] * d
             delta += tl.load(add_ptr + add_rows + at, mask=edited[:, None] & (at < d), other=0.0)
@@ -198,10 +188,10 @@ def lowrank_edit(
     return y
 
 
-def _configs(tokens: str, weights: str, d: int, r: int) -> list[Config]:
-    """Both kernels, with every optional argument: the most that they do."""
+def _configs(tokens: str, weights: str, d: int, r: int, least: bool = False) -> list[Config]:
+    """Both kernels, with every optional argument, the most that they do; or, with `least`, with src alone."""
     size = blocks(d, r, weights == "bf16")
-    flags = {"HAS_ROW": True, "HAS_MASK": True, "BLOCK_N": BLOCK_N}
+    flags = {"HAS_ROW": not least, "HAS_MASK": not least, "BLOCK_N": BLOCK_N}
     shared = {"row_ptr": "*i32", "mask_ptr": "*u8", "part_ptr": "*fp32", "x_ptr": f"*{tokens}"}
     project = {
         **shared, "src_ptr": f"*{tokens}", "a_ptr": f"*{weights}", "alpha_ptr": "*fp32", "beta_ptr": "*fp32",
@@ -209,11 +199,12 @@ def _configs(tokens: str, weights: str, d: int, r: int) -> list[Config]:
     }  # fmt: skip
     apply = {**shared, "b_ptr": f"*{weights}", "add_ptr": "*fp32", "y_ptr": f"*{tokens}"}
     name, expects = f"{tokens}-{weights}-d{d}-r{r}", TENSOR_CORES if weights == "bf16" else {}
+    name += "-plain" if least else ""
     return [
         Config(
             kernel=project_kernel,
             signature={**project, "n": "i32", "d": "i32", "r": "i32"},
-            constexprs={**flags, "HAS_SRC": True, "HAS_PAIR": True, **project_sizes(size)},
+            constexprs={**flags, "HAS_SRC": True, "HAS_PAIR": not least, **project_sizes(size)},
             divisible=(*project, "d", "r"),
             num_warps=PROJECT_WARPS,
             num_stages=PROJECT_STAGES,
@@ -224,7 +215,7 @@ def _configs(tokens: str, weights: str, d: int, r: int) -> list[Config]:
         Config(
             kernel=apply_kernel,
             signature={**apply, "n": "i32", "d": "i32", "r": "i32", "n_splits": "i32"},
-            constexprs={**flags, "HAS_RANK": True, "HAS_ADD": True, **apply_sizes(size)},
+            constexprs={**flags, "HAS_RANK": True, "HAS_ADD": not least, **apply_sizes(size)},
             divisible=(*apply, "d", "r"),
             num_warps=size.apply_warps,
             num_stages=APPLY_STAGES,
@@ -242,4 +233,5 @@ CONFIGS = [
     *_configs("fp16", "fp16", 1024, 64),
     *_configs("fp32", "fp32", 1024, 64),
     *_configs("bf16", "fp32", 4096, 64),
+    *_configs("bf16", "bf16", 1024, 64, least=True),
 ]

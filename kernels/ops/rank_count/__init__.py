@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from hooked_vla.kernels.checks import check_finite, check_matrix, check_range, validates
+from hooked_vla.kernels.checks import check_finite, check_matrix, check_parameter, check_range, validates
 from hooked_vla.kernels.dispatch import implementation, paths_of
 from hooked_vla.kernels.sae_encode_topk import check_encoder
 
@@ -55,6 +55,7 @@ def rank_count(
         raise ValueError(f"{op}: features must be at most {MAX_FEATURES}, got {features.shape[0]}")
     if validates(validate, x):
         check_range(op, "features", features, w_enc.shape[0])
-        for name, value in (("x", x), ("w_enc", w_enc), ("b_enc", b_enc)):
-            check_finite(op, name, value)
+        check_finite(op, "x", x)
+        check_parameter(op, "w_enc", w_enc)
+        check_parameter(op, "b_enc", b_enc)
     return rank_op(x, w_enc, b_enc, features)

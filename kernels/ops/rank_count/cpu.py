@@ -1,4 +1,4 @@
-"""rank_count on a CPU: where there is no NaN, one comparison of each z a feature, into numbers that are quick to add."""
+"""rank_count on a CPU: where there is no NaN, one comparison of each z a feature, into numbers quick to add."""
 
 import torch
 from torch import Tensor

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from hooked_vla.kernels.checks import check_finite, check_matrix, validates
+from hooked_vla.kernels.checks import check_finite, check_int, check_matrix, check_parameter, validates
 from hooked_vla.kernels.dispatch import implementation, paths_of
 from hooked_vla.kernels.sae_encode_topk import autograd
 
@@ -67,9 +67,18 @@ def check_encoder(op: str, x: Tensor, w_enc: Tensor, b_enc: Tensor) -> None:
     check_matrix(op, "b_enc", b_enc, (w_enc.shape[0],), torch.float64 if exact else torch.float32, device)
 
 
-def _check_k(op: str, k: int, m: int) -> None:
+def check_k(op: str, k: int, m: int) -> int:
+    """k as Python has it. Raises TypeError unless it is a whole number, ValueError unless it is in [1, m]."""
+    k = check_int(op, "k", k)
     if not 1 <= k <= m:
         raise ValueError(f"{op}: k must lie in [1, {m}], the number of features, got {k}")
+    return k
+
+
+def _check_values(op: str, x: Tensor, w_enc: Tensor, b_enc: Tensor) -> None:
+    check_finite(op, "x", x)
+    check_parameter(op, "w_enc", w_enc)
+    check_parameter(op, "b_enc", b_enc)
 
 
 def _check_group(op: str, name: str, group: int, m: int) -> None:
@@ -97,21 +106,17 @@ def sae_encode_topk(
 
     validate: look at the values too (default: on a CPU only, since it synchronises).
     Raises TypeError for wrong dtypes; ValueError for wrong shapes, devices, layouts and k, and when values are looked
-    at for NaN or infinity in x, b_enc or the chosen values (as w_enc's would be: it is not read twice to find them).
+    at for NaN or infinity in x, w_enc, b_enc or, where their product is too large, the chosen values.
     """
     op = "sae_encode_topk"
     check_encoder(op, x, w_enc, b_enc)
-    _check_k(op, k, w_enc.shape[0])
+    k = check_k(op, k, w_enc.shape[0])
     look = validates(validate, x)
     if look:
-        check_finite(op, "x", x)
-        check_finite(op, "b_enc", b_enc)
+        _check_values(op, x, w_enc, b_enc)
     values, indices = topk_op(x, w_enc, b_enc, k, relu)
     if look:
-        try:
-            check_finite(op, "z", values.detach()[:, 0])
-        except ValueError as error:
-            raise ValueError(f"{op}: w_enc must hold finite values and its product with x be finite: {error}") from None
+        check_finite(op, "w_enc's product with x", values.detach())
     return values, indices
 
 
@@ -128,14 +133,14 @@ def encode_gmax(
     group: a power of 2 up to 128 that divides m. Dtypes, sums and `validate` as for sae_encode_topk. Not
     differentiable: sae_encode_topk is.
     Raises TypeError for wrong dtypes; ValueError for wrong shapes, devices, layouts and group, and when values are
-    looked at for NaN or infinity in x or b_enc.
+    looked at for NaN or infinity in x, w_enc or b_enc.
     """
     op = "encode_gmax"
     check_encoder(op, x, w_enc, b_enc)
+    group = check_int(op, "group", group)
     _check_group(op, "group", group, w_enc.shape[0])
     if validates(validate, x):
-        check_finite(op, "x", x)
-        check_finite(op, "b_enc", b_enc)
+        _check_values(op, x, w_enc, b_enc)
     return gmax_op(x, w_enc, b_enc, group)
 
 
@@ -147,16 +152,17 @@ def select_topk(
     z, maxima: as `encode_gmax` returns them, float32 (or float64, not on the fused path); with other maxima the result
     is not defined. -inf keeps a feature from being chosen before others. Not differentiable.
     Raises TypeError for wrong dtypes; ValueError for wrong shapes, devices, layouts and k, and when values are looked
-    at for NaN in z.
+    at for NaN in z or maxima.
     """
     op = "select_topk"
     check_matrix(op, "z", z, (None, None), (torch.float32, torch.float64))
     check_matrix(op, "maxima", maxima, (z.shape[0], None), z.dtype, z.device)
     m, groups = z.shape[1], maxima.shape[1]
-    _check_k(op, k, m)
+    k = check_k(op, k, m)
     if groups == 0 or m % groups:
         raise ValueError(f"{op}: maxima must have a column for each run of z's {m} features, got {groups} columns")
     _check_group(op, "z's columns over maxima's", m // groups, m)
     if validates(validate, z):
         check_finite(op, "z", z, infinite=True)
+        check_finite(op, "maxima", maxima, infinite=True)
     return select_op(z, maxima, m // groups, k)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hooked_vla.kernels.dispatch import without_autocast
+
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, w_enc, _, _, relu = inputs
@@ -16,6 +18,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.relu = relu
 
 
+@without_autocast
 def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     # these ops have no need of this one, and users of this one alone none of them
     from hooked_vla.kernels.sparse_backward import sparse_outer
@@ -29,5 +32,7 @@ def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, .
     if ctx.needs_input_grad[0]:
         d_x = sparse_decode(grad, indices, w_enc, None, validate=False).to(x.dtype)
     if any(ctx.needs_input_grad[1:3]):
+        # tokens whose values nobody asks about may hold anything: 0·NaN is NaN
+        x = torch.where((grad != 0).any(1, keepdim=True), x, 0)
         d_w, d_b = sparse_outer(grad, indices, x, w_enc.shape[0], dtype=w_enc.dtype, validate=False)
     return d_x, d_w, d_b, None, None

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
-from hooked_vla.kernels.checks import check_finite, check_matrix, check_range, validates
+from hooked_vla.kernels.checks import check_finite, check_matrix, check_parameter, check_range, validates
 from hooked_vla.kernels.delta_splice import MAX_FEATURES, check_edits, splice_op
-from hooked_vla.kernels.sae_encode_topk import check_encoder, topk_op
+from hooked_vla.kernels.sae_encode_topk import check_encoder, check_k, topk_op
 from hooked_vla.kernels.sae_splice.dense import decode_op, encode_op
 from hooked_vla.kernels.sae_splice.membership import threshold_op
 from hooked_vla.kernels.sae_splice.reference import edited
@@ -38,8 +38,6 @@ def _check_dictionary(
         raise ValueError(f"{OP}: exactly one of k and threshold must be given, got {'none' if k is None else 'both'}")
     if threshold is not None:
         check_matrix(OP, "threshold", threshold, (m,), wide, x.device)
-    if k is not None and not 1 <= k <= m:
-        raise ValueError(f"{OP}: k must lie in [1, {m}], the number of features, got {k}")
 
 
 def _tables(features: Tensor | None, like: Tensor, given: dict[str, Tensor | None]) -> Tables | None:
@@ -61,20 +59,26 @@ def _tables(features: Tensor | None, like: Tensor, given: dict[str, Tensor | Non
 
 def _check_values(
     x: Tensor, w_enc: Tensor, w_dec: Tensor, vectors: dict[str, Tensor | None], features: Tensor | None,
-    mask: Tensor | None,
+    mask: Tensor | None, error: bool,
 ) -> None:  # fmt: skip
     check_finite(OP, "x", x, rows=mask)
     for name, value in vectors.items():
         if value is not None:
-            check_finite(OP, name, value, infinite=name == "threshold")
+            check_parameter(OP, name, value, infinite=name == "threshold")
+    # with the error kept and a threshold, what is not edited is not read
+    whole = {"w_enc": not error or vectors["threshold"] is None, "w_dec": not error}
+    for name, weights in (("w_enc", w_enc), ("w_dec", w_dec)):
+        if whole[name]:
+            check_parameter(OP, name, weights)
     if features is None:
         return
     check_range(OP, "features", features, w_enc.shape[0])
     unique, counts = features.unique(return_counts=True)
     if len(unique) < len(features):
         raise ValueError(f"{OP}: features must differ from each other, got {int(unique[counts > 1][0])} twice")
-    for name, rows in (("w_enc", w_enc), ("w_dec", w_dec)):
-        check_finite(OP, f"{name} at the edited features", rows.index_select(0, features))
+    for name, weights in (("w_enc", w_enc), ("w_dec", w_dec)):
+        if not whole[name]:
+            check_finite(OP, f"{name} at the edited features", weights.detach().index_select(0, features))
 
 
 def _with_error(
@@ -92,9 +96,12 @@ def _with_error(
 
 def _topk_without_error(
     x: Tensor, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, b_dec: Tensor, k: int,
-    features: Tensor | None, tables: Tables | None, row: Tensor | None,
+    features: Tensor | None, tables: Tables | None, row: Tensor | None, mask: Tensor | None,
 ) -> Tensor:  # fmt: skip
     values, indices = topk_op(x, w_enc, b_enc, k, True)
+    if mask is not None:
+        # a token outside the mask may hold NaN, which gradients of w_dec would see
+        values = torch.where(mask[:, None], values, 0)
     if features is not None and tables is not None:
         # edited features leave the list of the active ones and come back at its end, active or not
         hit = indices[:, :, None] == features
@@ -106,8 +113,11 @@ def _topk_without_error(
 
 def _threshold_without_error(
     x: Tensor, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, b_dec: Tensor, threshold: Tensor,
-    features: Tensor | None, tables: Tables | None, row: Tensor | None,
+    features: Tensor | None, tables: Tables | None, row: Tensor | None, mask: Tensor | None,
 ) -> Tensor:  # fmt: skip
+    if mask is not None:
+        # a token outside the mask may hold NaN, which gradients of the dictionary would see
+        x = torch.where(mask[:, None], x, 0)
     f = encode_op(x, w_enc, b_enc, threshold)
     if features is not None and tables is not None:
         chosen = features.long()
@@ -150,18 +160,20 @@ def sae_splice(
     Edited rows are copied out of the dictionary at each call: with a threshold and a fixed set of features, a
     delta_splice of rows that were copied once is faster.
 
-    validate: look at the values too (default: on a CPU only, since it synchronises); of the dictionary, at edited rows.
+    validate: look at the values too (default: on a CPU only, since it synchronises); of the dictionary at what is read,
+    which with the error kept is w_dec at the edited features, and with a threshold w_enc too.
     Raises TypeError for wrong dtypes; ValueError for wrong shapes, devices, layouts, k and combinations of arguments,
     and when values are looked at for NaN or infinity in treated tokens and parameters, features that are out of range
-    or repeated, `row` out of range, lo > hi.
+    or repeated, `row` out of range, lo > hi, and lo and hi that are both infinite in the same direction.
     """
     _check_dictionary(x, w_enc, b_enc, w_dec, b_dec, k, threshold)
+    k = None if k is None else check_k(OP, k, w_enc.shape[0])
     tables = _tables(features, b_enc, {"scale": scale, "shift": shift, "lo": lo, "hi": hi})
-    look = validates(validate, x)
-    if look:
-        _check_values(x, w_enc, w_dec, {"b_enc": b_enc, "b_dec": b_dec, "threshold": threshold}, features, mask)
     if mask is not None:
         check_matrix(OP, "mask", mask, (x.shape[0],), torch.bool, x.device)
+    look = validates(validate, x)
+    if look:
+        _check_values(x, w_enc, w_dec, {"b_enc": b_enc, "b_dec": b_dec, "threshold": threshold}, features, mask, error)
     if features is not None and tables is not None:
         if error and features.shape[0] > MAX_FEATURES:
             raise ValueError(f"{OP}: at most {MAX_FEATURES} features with the error kept, got {features.shape[0]}")
@@ -174,8 +186,8 @@ def sae_splice(
             return x.clone()
         return _with_error(x, w_enc, b_enc, w_dec, k, threshold, features, tables, row, mask)
     if threshold is not None:
-        y = _threshold_without_error(x, w_enc, b_enc, w_dec, b_dec, threshold, features, tables, row)
+        y = _threshold_without_error(x, w_enc, b_enc, w_dec, b_dec, threshold, features, tables, row, mask)
     else:
         assert k is not None
-        y = _topk_without_error(x, w_enc, b_enc, w_dec, b_dec, k, features, tables, row)
+        y = _topk_without_error(x, w_enc, b_enc, w_dec, b_dec, k, features, tables, row, mask)
     return y.to(x.dtype) if mask is None else torch.where(mask[:, None], y.to(x.dtype), x)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hooked_vla.kernels.dispatch import implementation
+from hooked_vla.kernels.dispatch import implementation, without_autocast
 from hooked_vla.kernels.sae_encode_topk import MAX_GROUP, cpu, reference
 
 # of a code's entries, from which a product with all rows is faster than a bag of rows: sparse_decode's m / k
@@ -92,6 +92,7 @@ def _save_encode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, w_enc, output)
 
 
+@without_autocast
 def _encode_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, w_enc, f = ctx.saved_tensors
     grad = torch.where(f != 0, grad, 0)
@@ -119,6 +120,7 @@ def _save_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
+@without_autocast
 def _decode_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     f, w_dec, b_dec = ctx.saved_tensors
     grad, needs = grad.to(f.dtype), ctx.needs_input_grad

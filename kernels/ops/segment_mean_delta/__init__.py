@@ -9,16 +9,12 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from hooked_vla.kernels.checks import check_finite, check_matrix, check_range, validates
+from hooked_vla.kernels.checks import check_finite, check_int, check_matrix, check_range, validates, wide
 from hooked_vla.kernels.delta_splice import DTYPES, check_edits, check_features, splice_op
-from hooked_vla.kernels.dispatch import implementation, paths_of
+from hooked_vla.kernels.dispatch import implementation, paths_of, without_autocast
 
 MEAN_PATHS = paths_of(__name__, "segment_mean")
 ADD_PATHS = paths_of(__name__, "segment_add", ("reference", "fused"))
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _sizes(segment: Tensor, n_segments: int) -> Tensor:
@@ -39,7 +35,7 @@ def add_op(x: Tensor, delta: Tensor, segment: Tensor) -> Tensor:
 
 @mean_op.register_fake
 def _(x, segment, n_segments):
-    return x.new_empty((n_segments, x.shape[1]), dtype=_wide(x))
+    return x.new_empty((n_segments, x.shape[1]), dtype=wide(x.dtype))
 
 
 @add_op.register_fake
@@ -53,6 +49,7 @@ def _keep_mean(ctx, inputs, output) -> None:
     ctx.dtype = x.dtype
 
 
+@without_autocast
 def _mean_backward(ctx, grad: Tensor):
     (segment,) = ctx.saved_tensors
     share = (grad / _sizes(segment, ctx.n_segments)).contiguous()
@@ -66,6 +63,7 @@ def _keep_add(ctx, inputs, output) -> None:
     ctx.n_segments = delta.shape[0]
 
 
+@without_autocast
 def _add_backward(ctx, grad: Tensor):
     (segment,) = ctx.saved_tensors
     if not ctx.needs_input_grad[1]:
@@ -79,7 +77,10 @@ add_op.register_autograd(_add_backward, setup_context=_keep_add)
 
 
 def _check_segments(op: str, x: Tensor, segment: Tensor, n_segments: int, validate: bool | None) -> bool:
-    """Raises unless x is [n d] and `segment` says of each token which of n_segments it belongs to."""
+    """Raises unless x is [n d] and `segment` says of each token which of n_segments it belongs to.
+
+    Returns whether values are looked at.
+    """
     check_matrix(op, "x", x, (None, None), DTYPES)
     check_matrix(op, "segment", segment, (x.shape[0],), torch.int32, x.device)
     if n_segments < 0:
@@ -103,6 +104,7 @@ def segment_mean(
     Raises TypeError for wrong dtypes; ValueError for wrong shapes, devices and layouts, a negative n_segments, and
     when values are looked at for segment numbers out of range and NaN or infinity in a segment's token.
     """
+    n_segments = check_int("segment_mean", "n_segments", n_segments)
     if _check_segments("segment_mean", x, segment, n_segments, validate):
         check_finite("segment_mean", "x", x, rows=segment >= 0)
     return mean_op(x, segment, n_segments)
@@ -121,7 +123,7 @@ def segment_add(
     for segment numbers out of range and NaN or infinity in delta or a segment's token.
     """
     check_matrix("segment_add", "x", x, (None, None), DTYPES)
-    check_matrix("segment_add", "delta", delta, (None, x.shape[1]), _wide(x), x.device)
+    check_matrix("segment_add", "delta", delta, (None, x.shape[1]), wide(x.dtype), x.device)
     if _check_segments("segment_add", x, segment, delta.shape[0], validate):
         check_finite("segment_add", "x", x, rows=segment >= 0)
         check_finite("segment_add", "delta", delta)
@@ -152,9 +154,11 @@ def segment_mean_delta(
 
     validate: look at the values too (default: on a CPU only, since it synchronises).
     Raises TypeError for wrong dtypes; ValueError for wrong shapes, devices, layouts, S and a negative n_segments, and
-    when values are looked at for NaN (infinity too, but in threshold, lo and hi), indices out of range, lo > hi.
+    when values are looked at for NaN (infinity too, but in threshold, lo and hi), indices out of range, lo > hi, and lo
+    and hi that are both infinite in the same direction.
     """
     op = "segment_mean_delta"
+    n_segments = check_int(op, "n_segments", n_segments)
     values = _check_segments(op, x, segment, n_segments, validate)
     check_features(op, x, w_enc, b_enc, threshold, w_dec, values)
     check_edits(op, n_segments, scale, shift, lo, hi, row, threshold, values)

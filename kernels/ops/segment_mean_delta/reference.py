@@ -3,15 +3,17 @@
 import torch
 from torch import Tensor
 
+from hooked_vla.kernels.checks import wide
+
 
 def segment_mean(x: Tensor, segment: Tensor, n_segments: int) -> Tensor:
     """Mean of the tokens of each segment [G d], float32 or float64; zeros where there are none."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = wide(x.dtype)
     if n_segments == 0:
-        return x.new_zeros((0, x.shape[1]), dtype=wide)
+        return x.new_zeros((0, x.shape[1]), dtype=dtype)
     belongs = torch.arange(n_segments, device=x.device)[:, None] == segment
     # not a product with 0 and 1: a token elsewhere may hold NaN
-    sums = [torch.where(each[:, None], x, 0).sum(0, dtype=wide) for each in belongs]
+    sums = [torch.where(each[:, None], x, 0).sum(0, dtype=dtype) for each in belongs]
     return torch.stack(sums) / belongs.sum(1, keepdim=True).clamp_min(1)
 
 

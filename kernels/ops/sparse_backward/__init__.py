@@ -9,16 +9,12 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from hooked_vla.kernels import checks
+from hooked_vla.kernels.checks import wide
 from hooked_vla.kernels.dispatch import implementation, paths_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 DOTS, OUTER, BACKWARD = (paths_of(__name__, name) for name in ("sparse_dots", "sparse_outer", "sparse_backward"))
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums are kept in: float32, float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def check_entries(op: str, values: Tensor, indices: Tensor, n: int | None, w: Tensor) -> None:
@@ -69,7 +65,7 @@ def sparse_dots(
     """dots[t, j] = grad[t] · w[indices[t, j]]: the gradient of a decoder's values (a sampled dense-dense product).
 
     grad: any float dtype; w: float32, bfloat16, float16 or float64. Contiguous, on one device.
-    validate: whether to look at the values of indices and grad, which on a GPU waits for it; by default on a CPU.
+    validate: whether to look at the numbers, which on a GPU waits for it; by default on a CPU.
     Returns float32 (float64 where w is), accumulated in that dtype. Not differentiable.
     Raises TypeError (dtype) or ValueError (shape, device, layout, an index outside [0, m), a NaN or infinity).
     """
@@ -80,6 +76,7 @@ def sparse_dots(
     if checks.validates(validate, w):
         checks.check_range(op, "indices", indices, w.shape[0])
         checks.check_finite(op, "grad", grad)
+        checks.check_parameter(op, "w", w)
     return dots_op(grad, indices, w)
 
 
@@ -103,6 +100,7 @@ def sparse_outer(
     op = "sparse_outer"
     checks.check_matrix(op, "x", x, (None, None), FLOATS)
     check_entries(op, values, indices, x.shape[0], x)
+    m = checks.check_int(op, "m", m)
     if m < 1:
         raise ValueError(f"{op}: m must be at least 1, got {m}")
     if dtype not in (None, *FLOATS):
@@ -149,5 +147,6 @@ def sparse_backward(
         for name, each in (("grad", grad), ("values", values), ("x", x)):
             if each is not None:
                 checks.check_finite(op, name, each)
+        checks.check_parameter(op, "w_dec", w_dec)
     d_values, d_w_dec, d_w_enc, d_b_enc = backward_op(grad, x, values, indices, w_dec, relu)
     return d_values, d_w_dec, None if x is None else d_w_enc, d_b_enc

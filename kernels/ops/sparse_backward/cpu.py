@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hooked_vla.kernels.checks import wide
+
 # gathered rows that are held at once, in elements: 2 MB of float32 stay in a core's cache
 CHUNK = 1 << 19
 
 
 def sparse_dots(grad: Tensor, indices: Tensor, w: Tensor) -> Tensor:
-    wide = torch.promote_types(w.dtype, torch.float32)
-    dots = torch.empty(indices.shape, dtype=wide, device=w.device)
+    sums = wide(w.dtype)
+    dots = torch.empty(indices.shape, dtype=sums, device=w.device)
     step = max(1, CHUNK // max(1, indices.shape[1] * w.shape[1]))
-    for index, each, out in zip(indices.split(step), grad.to(wide).split(step), dots.split(step), strict=True):
-        torch.bmm(w[index].to(wide), each[:, :, None], out=out[:, :, None])
+    for index, each, out in zip(indices.split(step), grad.to(sums).split(step), dots.split(step), strict=True):
+        torch.bmm(w[index].to(sums), each[:, :, None], out=out[:, :, None])
     return dots
 
 

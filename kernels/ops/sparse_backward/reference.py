@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from hooked_vla.kernels.checks import wide
+
 
 def spread(values: Tensor, indices: Tensor, m: int) -> Tensor:
     """The code as a dense [n m].
@@ -18,10 +20,10 @@ def spread(values: Tensor, indices: Tensor, m: int) -> Tensor:
 
 def sparse_dots(grad: Tensor, indices: Tensor, w: Tensor) -> Tensor:
     """dots[t, j] = grad[t] · w[indices[t, j]] in float32 (float64 stays float64)."""
-    wide = torch.promote_types(w.dtype, torch.float32)
-    dots = torch.empty(indices.shape, dtype=wide, device=w.device)
+    sums = wide(w.dtype)
+    dots = torch.empty(indices.shape, dtype=sums, device=w.device)
     for j, index in enumerate(indices.unbind(1)):
-        dots[:, j] = (grad.to(wide) * w.index_select(0, index)).sum(1)
+        dots[:, j] = (grad.to(sums) * w.index_select(0, index)).sum(1)
     return dots
 
 

@@ -7,8 +7,9 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from hooked_vla.kernels import checks
-from hooked_vla.kernels.dispatch import implementation, paths_of
-from hooked_vla.kernels.sparse_backward import FLOATS, check_entries, dots_op, outer_op, wide
+from hooked_vla.kernels.checks import wide
+from hooked_vla.kernels.dispatch import implementation, paths_of, without_autocast
+from hooked_vla.kernels.sparse_backward import FLOATS, check_entries, dots_op, outer_op
 
 PATHS = paths_of(__name__, "sparse_decode")
 
@@ -29,6 +30,7 @@ def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], outpu
     ctx.base = None if base is None else (base.dim(), base.dtype)
 
 
+@without_autocast
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
     values, indices, w_dec = ctx.saved_tensors
     grad = grad.contiguous()
@@ -60,10 +62,9 @@ def sparse_decode(
     values: float32 (float64 where w_dec is). An index may occur twice in a token; k may be 0.
     w_dec: float32, bfloat16, float16 or float64. base: w_dec's dtype or float32, a row for each token, one for all
     (a decoder's bias), or None for zero. All contiguous, on one device.
-    validate: whether to look at the numbers in values, indices and base, which on a GPU waits for it; by default on a
-    CPU. The dictionary is not searched for NaN.
+    validate: whether to look at the numbers, which on a GPU waits for it; by default on a CPU.
     Returns w_dec's dtype, accumulated in float32 (float64) and rounded once; never an alias of base. A token's bits
-    depend neither on the other tokens nor on the run. Differentiable in values, w_dec and base, deterministically.
+    depend neither on the other tokens nor on the run. Differentiable, once, in values, w_dec and base.
     Raises TypeError (dtype) or ValueError (shape, device, layout, an index outside [0, m), a NaN or infinity).
     """
     op = "sparse_decode"
@@ -76,6 +77,7 @@ def sparse_decode(
     if checks.validates(validate, w_dec):
         checks.check_range(op, "indices", indices, m)
         checks.check_finite(op, "values", values)
+        checks.check_parameter(op, "w_dec", w_dec)
         if base is not None:
             checks.check_finite(op, "base", base)
     return decode_op(values, indices, w_dec, base)
