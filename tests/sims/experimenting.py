@@ -20,7 +20,8 @@ def check_experiments(suite: Suite, other: Suite, folder: Path) -> None:
     check_report(replace(prompts, settings=settings, quick={}), folder / "E1", model)
     tasks = find_experiment("E4")
     injected = ["vlm:middle", "expert"]
-    settings = {**tasks.settings, **short, "suite": suite.name, "injected": injected}
+    few = {"injected": injected, "controls": injected[:1], "cross_prompt": injected[1:], "cross_seed": False}
+    settings = {**tasks.settings, **short, **few, "suite": suite.name}
     table = check_report(replace(tasks, settings=settings, quick={}), folder / "E4", model)
     assert set(injected) < set(table.arm)
 

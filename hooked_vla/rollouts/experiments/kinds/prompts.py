@@ -75,7 +75,7 @@ class Settings:
 
 def run(context: Context, settings: Settings) -> Outcome:
     """Raises ValueError for a model that reads no text, and where no kind of prompt reaches it."""
-    suites = (settings.unique_suite, settings.shared_suite)
+    suites = list(dict.fromkeys((settings.unique_suite, settings.shared_suite)))
     reach = context.table("reach", lambda: pd.concat([check_prompts(context, settings, each) for each in suites]))
     runs, rolled, options = dict[str, Runs](), {}, limited(context, settings.max_steps)
     for suite in suites:
