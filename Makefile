@@ -9,13 +9,17 @@ SIMS ?= .venv-sims
 LIBERO ?= .venv-libero
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-sims test-libero lint docs install clean
+# Versions of Triton beside the tested one.
+TRITONS ?= .venv-triton
+VERSIONS ?= 3.6.0 3.9.0
+
+.PHONY: demo test test-triton test-sims test-libero lint docs install clean
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[analysis,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[analysis,dev,sae]"
 	@# it pins numpy<2 and works with numpy 2
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps openpi-client==0.1.2
 	touch $@
@@ -25,6 +29,20 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Kernels in the interpreter and the compiler of each version; torch itself does not ask for Triton on a CPU.
+$(TRITONS)/%/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(TRITONS)/$*
+	grep -v '^triton==' constraints.txt > $(TRITONS)/$*/constraints.txt
+	$(TRITONS)/$*/bin/python $(PIP_INSTALL) -c $(TRITONS)/$*/constraints.txt -e . pytest
+	$(TRITONS)/$*/bin/python $(PIP_INSTALL) --no-deps triton==$*
+	touch $@
+
+test-triton: $(VERSIONS:%=$(TRITONS)/%/.installed)
+	for version in $(VERSIONS); do \
+	  echo "Triton $$version" && $(TRITONS)/$$version/bin/python -m pytest --override-ini=addopts= -q \
+	    tests/kernels/test_interpreter.py tests/kernels/test_aot.py || exit 1; \
+	done
 
 # MetaWorld pins a MuJoCo of its own; the rest of the tested set holds
 $(SIMS)/.installed: pyproject.toml constraints.txt tests/sims/constraints.txt
@@ -56,4 +74,4 @@ docs: install
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf $(VENV) $(SIMS) $(LIBERO) build outputs *.egg-info
+	rm -rf $(VENV) $(SIMS) $(LIBERO) $(TRITONS) build outputs *.egg-info

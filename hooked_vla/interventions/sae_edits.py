@@ -67,9 +67,7 @@ class SAEFeatureEdit(Edit):
             if low > high:
                 raise ValueError(f"low must be at most high, got {low:g} and {high:g} for feature {listed[i]}")
             if low == high and not isfinite(low):
-                raise ValueError(
-                    f"low and high must leave a finite number, got {low:g} and {high:g} for feature {listed[i]}"
-                )
+                raise ValueError(f"low and high must leave a finite number, got {low:g} twice for feature {listed[i]}")
 
     def _table(self, name: str) -> float | tuple[float | None, ...] | None:
         given: Any = getattr(self, name)

@@ -27,7 +27,7 @@ from hooked_vla.inputs import PAD, Segments
 from hooked_vla.rollouts.activation_reader import ActivationRecording
 from hooked_vla.rollouts.activation_store import ActivationRecorder
 from hooked_vla.rollouts.cells import Cell
-from hooked_vla.rollouts.records import Part, read_steps
+from hooked_vla.rollouts.records import Part, read_episodes, read_steps
 from hooked_vla.rollouts.runner import Watcher
 from hooked_vla.rollouts.sweep import Rollouts
 
@@ -180,10 +180,18 @@ def step_labels(rollouts: Rollouts, planned: bool = True) -> pd.DataFrame:
     """
     if rollouts.folder is None:
         raise ValueError("these rollouts were not kept: run them with a folder")
-    steps = read_steps(rollouts.folder).drop_columns(["poses", "success", "reward"]).to_pandas()
+    return folder_labels(rollouts.folder, planned)
+
+
+def folder_labels(folder: str | Path, planned: bool = True) -> pd.DataFrame:
+    """`step_labels` of the rollouts that were recorded in a folder.
+
+    Raises FileNotFoundError for a folder without rollouts.
+    """
+    steps = read_steps(folder).drop_columns(["poses", "success", "reward"]).to_pandas()
     if planned:
         steps = steps[steps["chunk_step"] == 0]
-    whole = rollouts.episodes.to_pandas()[["episode", "suite", "arm", "task", "seed", "success", "n_steps"]]
+    whole = read_episodes(folder).to_pandas()[["episode", "suite", "arm", "task", "seed", "success", "n_steps"]]
     table = steps[["episode", "env_step", "phase"]].merge(whole, on="episode", how="left", validate="many_to_one")
     for form, column in ((_STATE, "state"), (_ACTION, "action")):
         for i, numbers in enumerate(np.stack(list(steps[column])).T):

@@ -81,7 +81,6 @@ class Training:
 
     def __post_init__(self) -> None:
         """Raises ValueError for figures out of range, naming them."""
-        object.__setattr__(self, "betas", tuple(self.betas))
         _at_least(self, 1, "steps", "batch_size", "dead_after", "init_rows")
         _at_least(self, 0, "warmup", "penalty_warmup", "penalty", "aux_k", "aux_weight", "resample_every", "contrast")
         _one_of(self, "loss", LOSSES)
@@ -143,8 +142,6 @@ class SAEConfig:
         _one_of(self, "architecture", ARCHITECTURES)
         _one_of(self, "normalisation", NORMALISATIONS)
         _one_of(self, "pooling", POOLING)
-        if self.prefixes is not None:
-            object.__setattr__(self, "prefixes", tuple(self.prefixes))
         self._check_k()
         self._check_prefixes()
         self._check_biases()

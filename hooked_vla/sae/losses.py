@@ -32,7 +32,8 @@ REMEMBERED = 1 / 20
 
 @dataclass
 class Terms:
-    """One batch: what is minimised; squared error and variance for FVU; active features of each token; which were."""
+    """One batch. loss: what is minimised; fvu: squared error over the variance that training began with; l0: active
+    features of a token, the mean; aux: the AuxK term, unweighted; fired: which features were active."""
 
     loss: Tensor
     fvu: Tensor

@@ -103,7 +103,9 @@ class SpliceSAE:
         kind = "threshold" if self.k is None else f"TopK {self.k}"
         return f"SAE[{self.n_features} {self.d_model}, {kind}]"
 
-    def normalised_by(self, mean: Float[Tensor, " d"], std: Float[Tensor, " d"]) -> "SpliceSAE":
+    def normalised_by(
+        self, mean: Float[Tensor, " d"], std: Float[Tensor, " d"] | Float[Tensor, " 1"]
+    ) -> "SpliceSAE":  # fmt: skip
         """The same autoencoder for tokens as the model has them, where it was trained on (x - mean) / std.
 
         std may have one number for all channels, [1]. Raises ValueError for other widths.

@@ -60,7 +60,7 @@ def train(
         accelerator.wait_for_everyone()
         if folder.finished():
             return [SparseAutoencoder.from_pretrained(each, accelerator.device) for each in folder.of_each]
-        run = _Run(source, configs, accelerator, folder, log_every)
+        run = Run(source, configs, accelerator, folder, log_every)
         with tqdm(
             total=schedule.steps * schedule.batch_size, initial=run.done * schedule.batch_size, desc="SAEs",
             unit="row", unit_scale=True, disable=not (progress and accelerator.is_main_process),
@@ -128,8 +128,9 @@ class _SourceState:
             self.source.load_state_dict(state)
 
 
-class _Run:
-    """One training run. done: steps that a saved state has seen; news: figures for the progress bar."""
+class Run:
+    """One training run, step by step; `train` is what makes one of it. done: steps that a saved state has seen; news:
+    figures for the progress bar."""
 
     def __init__(
         self, source: Source, configs: Sequence[SAEConfig], accelerator: Accelerator, folder: RunFolder, log_every: int

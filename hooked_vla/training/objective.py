@@ -25,8 +25,9 @@ class Readout:
     how much the error counts. The tokens stand in rows from the top; before them, there may be some for the whole
     image.
 
-    prompt_grid: where image tokens come before the instruction and cannot see it, the prompt's mean token is read
-    instead, and says for every place of so many rows and columns what its image token would; 0: image tokens are read.
+    prompt_grid: where image tokens come before the instruction and cannot see it, the prompt's mean token and its last
+    one are read instead, and say for every place of so many rows and columns what its image token would; 0: image
+    tokens are read.
     """
 
     site: str
@@ -66,8 +67,8 @@ class Objective(nn.Module):
         with model.hooks([(self.readout.site, look)]):
             loss = model.training_loss(inputs, actions, n_draws=self.n_draws).mean()
         segments = model.segments(inputs)[self.readout.site.partition(".")[0]]
-        tokens = self._prompt(segments, seen[0]) if self.readout.prompt_grid else self._places(segments, seen[0])
-        error = place_loss(self._said(tokens), goals)
+        read = self._prompt(segments, seen[0]) if self.readout.prompt_grid else [self._places(segments, seen[0])]
+        error = torch.stack([place_loss(self._said(tokens), goals) for tokens in read]).mean()
         return loss + self.readout.weight * error, loss.detach(), error.detach()
 
     def _places(
@@ -80,11 +81,15 @@ class Objective(nn.Module):
 
     def _prompt(
         self, segments: Segments, stream: Float[Tensor, "batch seq d_model"]
-    ) -> Float[Tensor, "batch 1 d_model"]:
-        """The mean token of the prompt: each word may say its part, without waiting for the last one to gather them."""
-        said = segments.mask(LANGUAGE)[..., None]
+    ) -> list[Float[Tensor, "batch 1 d_model"]]:
+        """The mean token of the prompt, to which each word may say its part, and the last one, which has gathered what
+        the first action is made of."""
+        said = segments.mask(LANGUAGE)
         # in training, the actions follow the prompt
-        return (stream[:, : said.shape[1]] * said).sum(1, keepdim=True) / said.sum(1, keepdim=True)
+        stream = stream[:, : said.shape[1]]
+        mean = (stream * said[..., None]).sum(1, keepdim=True) / said.sum(1)[:, None, None]
+        last = (said * torch.arange(said.shape[1], device=said.device)).argmax(1)
+        return [mean, stream[torch.arange(len(stream), device=said.device), last][:, None]]
 
     def _said(self, tokens: Float[Tensor, "batch token d_model"]) -> Seen:
         """What the tokens say of every place."""

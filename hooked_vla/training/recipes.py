@@ -94,7 +94,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "openvla-tabletop": Recipe(
         "openvla",
-        Schedule(steps=8000, batch=64, n_draws=1, rate=6e-4),
+        Schedule(steps=12000, batch=64, n_draws=1, rate=6e-4),
         # causal too; cross-entropy is some 20 times as large as what other families minimise
         Readout("vlm.blocks.3.hook_resid_pre", 8.0, prompt_grid=4),
         scaled=_TOWERS,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 # tests in compiled_edits.py, of which one needs a GPU
-EVERY = 12
+EVERY = 11
 
 
 def has_compiler() -> bool:

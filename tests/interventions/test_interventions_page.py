@@ -22,7 +22,7 @@ def test_the_page_runs(tmp_path, capsys) -> None:
         "obs": make_observation(), "other_obs": make_observation(seed=3), "noise": torch.randn(2, 8, 8),
         "four_copies": make_observation(4, instruction=same), "noise_of_four": torch.randn(4, 8, 8),
         "w_enc": torch.randn(16, d), "b_enc": torch.zeros(16), "w_dec": torch.randn(16, d), "b_dec": torch.zeros(d),
-        "threshold": torch.zeros(16),
+        "threshold": torch.zeros(16), "mean": torch.randn(d), "std": torch.ones(1),
     }  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,5 +1,6 @@
 """Configs: JSON and back, what does not go together, presets' published figures."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ def test_json_and_back(name: str) -> None:
 
 
 def test_json_keeps_what_others_trained_and_prefixes() -> None:
-    config = settings("matryoshka", prefixes=[4, 64])
+    config = settings("matryoshka", prefixes=(4, 64))
     assert config.prefixes == (4, 64) and SAEConfig.from_json(config.to_json()) == config
     foreign = config.changed(training=None)
     assert SAEConfig.from_json(foreign.to_json()) == foreign
@@ -102,7 +103,7 @@ def test_learning_rate_rises_and_falls() -> None:
     schedule = Training(steps=100, batch_size=1, rate=1.0, seed=0, warmup=10, decay_from=80)
     factors = [schedule.factor(step) for step in range(100)]
     assert factors[0] == 0.1 and factors[9:80] == [1.0] * 71
-    assert all(a > b > 0 for a, b in zip(factors[80:], factors[81:], strict=False))
+    assert all(a > b > 0 for a, b in pairwise(factors[80:]))
     assert Training(steps=3, batch_size=1, rate=1.0, seed=0).factor(2) == 1.0
     growing = Training(steps=9, batch_size=1, rate=1.0, seed=0, penalty=2.0, penalty_warmup=4)
     assert [growing.penalty_at(step) for step in (0, 3, 8)] == [0.5, 2.0, 2.0]

@@ -1,7 +1,7 @@
 """`hooked-vla sae`: sparse autoencoders from activations on."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,8 +11,12 @@ import typer
 from hooked_vla.rollouts.cli import failure
 
 if TYPE_CHECKING:
+    import pandas as pd
     import torch
 
+    from hooked_vla.rollouts.sae.feature_index import FeatureIndex
+    from hooked_vla.rollouts.sae.hooked_sr import HookedSR
+    from hooked_vla.sae.autoencoder import SparseAutoencoder
     from hooked_vla.sae.store import TokenStore
 
 sae = typer.Typer(no_args_is_help=True, help="Sparse autoencoders on a policy's activations.")
@@ -111,6 +115,154 @@ def train(
     typer.echo(f"wrote {out}")
 
 
+@sae.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Option(help="a checkpoint's name, folder or hub id")],
+    coder: Annotated[list[str], typer.Option("--sae", help="folder of an autoencoder or of a training run, or one that "
+                                                           "comes with the package; may come several times")],
+    episodes: Annotated[int, typer.Option(help="of each arm, spread evenly over the tasks")],
+    out: Annotated[Path, typer.Option(help="folder of the results; a run that was interrupted goes on")],
+    suite: Annotated[str, typer.Option(help="where the policy acts: goal, object, ...")] = "goal",
+    seed: Annotated[int, typer.Option(help="episode i starts from this number + i")] = 0,
+    tasks: Annotated[str | None, typer.Option(help="only these tasks of the suite, separated by commas")] = None,
+    pools: Annotated[str, typer.Option(help="token, mean (of all tokens), segment_mean")] = "token,mean",
+    by_segment: Annotated[bool, typer.Option("--by-segment", help="also in each token segment by itself")] = False,
+    denoise_steps: Annotated[str | None, typer.Option(help='also at each of these by itself, as in "0,9"')] = None,
+    noise: Annotated[str, typer.Option(help="how long a direction of noise lasts: step or episode")] = "step",
+    drop_negative: Annotated[bool, typer.Option("--drop-negative", help="of a top-k without ReLU, leave out features "
+                                                                        "below zero, which edits cannot keep")] = False,
+    device: Annotated[str, typer.Option(help="where the model runs: cpu, cuda, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="of the weights: float32 or bfloat16")] = "float32",
+    n_envs: Annotated[int, typer.Option(help="episodes side by side in one batch")] = 8,
+    n_action_steps: Annotated[int | None, typer.Option(help="steps from plan to plan; else the model's")] = None,
+    executor: Annotated[str, typer.Option(help="local, or ray: the cluster of RAY_ADDRESS")] = "local",
+    workers: Annotated[int, typer.Option(help="how many models run at a time")] = 1,
+) -> None:  # fmt: skip
+    """Success with autoencoders in the loop, beside the identity and noise of the same size."""
+    with mistakes(), redirect_stdout(sys.stderr):
+        from hooked_vla.rollouts.cli import make_executor
+        from hooked_vla.rollouts.export_cli import read_numbers
+        from hooked_vla.rollouts.jobs import ModelSource
+        from hooked_vla.rollouts.sae.hooked_sr import hooked_sr
+        from hooked_vla.rollouts.settings import Options
+
+        steps = () if denoise_steps is None else sorted(read_numbers(denoise_steps))
+        found = hooked_sr(
+            ModelSource(model, device=device, dtype=dtype), suite, open_saes(coder), episodes, seed, out,
+            _names(pools) or (), by_segment, steps, noise, drop_negative, _names(tasks),
+            Options(n_envs, n_action_steps=n_action_steps), executor=make_executor(executor, workers), progress=True,
+        )  # fmt: skip
+    _print_loop(found)
+    typer.echo(f"wrote {out}")
+    if not found.is_exact:
+        typer.secho(
+            "the identity changed episodes: what the other arms show is not the autoencoder's", err=True, fg="red"
+        )
+        raise typer.Exit(1)
+
+
+@sae.command()
+def index(
+    store: Annotated[Path, typer.Option(help="what `collect` kept, of the autoencoder's site")],
+    coder: Annotated[str, typer.Option("--sae", help="folder of the autoencoder, or one that comes with the package")],
+    out: Annotated[Path, typer.Option(help="folder of the index; one that was interrupted goes on")],
+    coefficients: Annotated[str, typer.Option(help="of the metric of generality: libero or droid")] = "libero",
+    on: Annotated[float, typer.Option(help="above which a feature begins, for that metric")] = 0.1,
+    memory: Annotated[str, typer.Option(help="that sorting and grouping may take")] = "2GB",
+    device: Annotated[str, typer.Option(help="where activations are encoded: cpu, cuda, ...")] = "cpu",
+) -> None:  # fmt: skip
+    """Index an autoencoder's features: where they are active, what they go with, which are alike."""
+    with mistakes(), redirect_stdout(sys.stderr):
+        from hooked_vla.rollouts.sae.index import build_index
+        from hooked_vla.sae.generality import PUBLISHED
+        from hooked_vla.sae.store import TokenStore
+
+        if coefficients not in PUBLISHED:
+            raise ValueError(f"unknown coefficients {coefficients!r}; choose one of {list(PUBLISHED)}")
+        (own,) = open_saes([coder])[:1]
+        found = build_index(
+            TokenStore(store), own.to(device), out, PUBLISHED[coefficients], on, memory=memory, progress=True
+        )  # fmt: skip
+    _print_features(found, found.features(n=10))
+    typer.echo(f"wrote {out}")
+
+
+@sae.command()
+def features(
+    folder: Annotated[Path, typer.Argument(help="of an index that `index` made")],
+    feature: Annotated[int | None, typer.Option(help="show this one: where it is largest, and what is like it")] = None,
+    search: Annotated[str | None, typer.Option(help='by words of their descriptions: "grasp red"')] = None,
+    sort: Annotated[str, typer.Option(help="density, general, maximum, coverage, ...")] = "density",
+    n: Annotated[int, typer.Option(help="how many are listed")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:  # fmt: skip
+    """Look features up: a list, those that a text finds, or one in full."""
+    with mistakes():
+        from hooked_vla.rollouts.sae.feature_index import FeatureIndex
+
+        found = FeatureIndex(folder)
+        if feature is not None and search is not None:
+            raise ValueError("say either which --feature, or what to --search for")
+        if feature is not None:
+            _show_feature(found, feature, n, as_json)
+            return
+        listed = found.features(sort, n) if search is None else found.search(search, n)
+    if as_json:
+        typer.echo(listed.to_json(orient="records"))
+    else:
+        _print_features(found, listed)
+
+
+@sae.command()
+def steer(
+    model: Annotated[str, typer.Option(help="a checkpoint's name, folder or hub id")],
+    coder: Annotated[str, typer.Option("--sae", help="folder of the autoencoder, or one that comes with the package")],
+    episodes: Annotated[int, typer.Option(help="of each arm, spread evenly over the tasks")],
+    out: Annotated[Path, typer.Option(help="folder of the results; a run that was interrupted goes on")],
+    feature: Annotated[int | None, typer.Option(help="add this one's direction, and take it out")] = None,
+    rhos: Annotated[str, typer.Option(help="how much of it, in lengths of the token")] = "-1,-0.5,0.5,1",
+    folder: Annotated[Path | None, typer.Option("--index", help="ablate more and more features of this index, the most "
+                                                                "frequent first")] = None,
+    concept: Annotated[str | None, typer.Option(help='those that tell a label first, as in "phase=grasp"')] = None,
+    counts: Annotated[str, typer.Option(help="how many features are ablated")] = "1,4,16",
+    phases: Annotated[str | None, typer.Option(help="only in plans made in these phases, separated by commas")] = None,
+    suite: Annotated[str, typer.Option(help="where the policy acts: goal, object, ...")] = "goal",
+    seed: Annotated[int, typer.Option(help="of what is drawn; episode i starts from this number + i")] = 0,
+    tasks: Annotated[str | None, typer.Option(help="only these tasks of the suite, separated by commas")] = None,
+    device: Annotated[str, typer.Option(help="where the model runs: cpu, cuda, ...")] = "cpu",
+    n_envs: Annotated[int, typer.Option(help="episodes side by side in one batch")] = 8,
+) -> None:  # fmt: skip
+    """Edit features while the policy acts: a dose of one feature, or more and more of them ablated."""
+    with mistakes(), redirect_stdout(sys.stderr):
+        from hooked_vla.rollouts.jobs import ModelSource
+        from hooked_vla.rollouts.sae import steering as work
+        from hooked_vla.rollouts.sae.feature_index import FeatureIndex
+        from hooked_vla.rollouts.settings import Options
+
+        if (feature is None) == (folder is None):
+            raise ValueError("say either which --feature to add, or of which --index to ablate features")
+        (own,) = open_saes([coder])[:1]
+        if feature is not None:
+            if not 0 <= feature < own.config.n_features:
+                raise ValueError(f"no feature {feature}: the SAE has 0..{own.config.n_features - 1}")
+            doses = [float(each) for each in _names(rhos) or ()]
+            arms = work.dose_arms(own.config.site, own.w_dec[feature], doses, seed)
+        else:
+            assert folder is not None
+            ranked, alive = FeatureIndex(folder).ranking(concept)
+            arms = work.titration_arms(own, ranked, alive, [int(each) for each in _names(counts) or ()], seed)
+        found = work.steer(
+            ModelSource(model, device=device), suite, arms, episodes, seed, out, _names(phases), _names(tasks),
+            Options(n_envs), progress=True,
+        )  # fmt: skip
+    shown = ["arm", "n", "success", "success_low", "success_high", "holm_p", "displacement", "cosine", "unchanged"]
+    _print_frame(f"steering {own.config.site}", found.table.filter(shown))
+    if feature is not None:
+        for axis, label in enumerate("xyz"):
+            _print_frame(f"end effector along {label} (m)", work.dose_response(found, axis))
+    typer.echo(f"wrote {out}")
+
+
 @contextmanager
 def mistakes() -> Iterator[None]:
     """A user's mistake is shown without a traceback, and what is not the command's fault is said in one line."""
@@ -135,6 +287,79 @@ def _dtype(name: str | None) -> "torch.dtype | None":
     if name is not None and name not in known:
         raise ValueError(f"unknown dtype {name!r}; choose one of {sorted(known)}")
     return None if name is None else known[name]
+
+
+def open_saes(names: Sequence[str]) -> "list[SparseAutoencoder]":
+    """Autoencoders from their folders, from those of training runs (all that are in them), and from the package.
+
+    Raises FileNotFoundError naming what there is, ValueError for files that are damaged.
+    """
+    from hooked_vla.sae.autoencoder import SparseAutoencoder
+    from hooked_vla.sae.files import WEIGHTS
+
+    found = []
+    for name in names:
+        inside = sorted(path.parent for path in Path(name).glob(f"*/{WEIGHTS}"))
+        found += [SparseAutoencoder.from_pretrained(each) for each in inside or [name]]
+    return found
+
+
+def _print_loop(found: "HookedSR") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    base = found.baseline
+    title = f"unedited: {base.success_rate:.1%} of {base.episodes}" + (
+        "" if found.is_above_gate else " (too few to tell a loss)"
+    )
+    table = Table("arm", "success", "95 % interval", "of unedited", "p (Holm)", "expl. variance", "FVU", title=title)
+    for name, arm in found.arms.items():
+        low, high = arm.rate.interval
+        ratio, p = ("" if arm.ratio is None else f"{arm.ratio:.3f}"), arm.p_holm
+        table.add_row(
+            name, f"{arm.rate.success_rate:.1%}", f"{low:.1%} to {high:.1%}", ratio, "" if p != p else f"{p:.3g}",
+            f"{arm.fidelity.explained_variance:.3f}", f"{arm.fidelity.fvu:.3f}",
+        )  # fmt: skip
+    Console().print(table)
+
+
+_SHOWN = ("feature", "score", "density", "frames", "coverage", "general", "general_null", "description")
+
+
+def _show_feature(found: "FeatureIndex", feature: int, n: int, as_json: bool) -> None:
+    """All that an index has of one feature."""
+    import json
+
+    head = found.feature(feature)
+    tables = {
+        "frames": found.top_frames(feature, n), "episodes": found.top_episodes(feature, n),
+        "labels": found.shares(feature), "concepts": found.concepts(feature),
+        "decoder neighbours": found.neighbours(feature), "coactive": found.neighbours(feature, "coactive"),
+    }  # fmt: skip
+    if as_json:
+        # JSON has no NaN
+        plain = {name: None if value != value else value for name, value in head.items()}
+        body = {name: json.loads(str(table.to_json(orient="records"))) for name, table in tables.items()}
+        typer.echo(json.dumps({**plain, **body}))
+        return
+    typer.echo(f"feature {feature} of {found.site}: {head['description']}")
+    for name, table in tables.items():
+        _print_frame(name, table)
+
+
+def _print_features(found: "FeatureIndex", table: "pd.DataFrame") -> None:
+    _print_frame(f"features of {found.site}", table.filter([name for name in _SHOWN if name in table]))
+
+
+def _print_frame(title: str, frame: "pd.DataFrame") -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*map(str, frame.columns), title=title)
+    for row in frame.itertuples(index=False):
+        table.add_row(*(f"{each:.3g}" if isinstance(each, float) else escape(str(each)) for each in row))
+    Console().print(table)
 
 
 def _print_store(store: "TokenStore") -> None:

@@ -105,9 +105,10 @@ def read_changes(texts: Sequence[str]) -> dict[str, Any]:
         if not (name and equals):
             raise ValueError(f"a change is written name=value, got {text!r}")
         try:
-            found[name] = json.loads(value)
+            made = json.loads(value)
         except json.JSONDecodeError:
-            found[name] = value
+            made = value
+        found[name] = tuple(made) if isinstance(made, list) else made
     if unknown := sorted(set(found) - {field.name for kind in (SAEConfig, Training) for field in fields(kind)}):
         raise ValueError(f"unknown settings {unknown}; see SAEConfig and Training in hooked_vla/sae/config.py")
     return found

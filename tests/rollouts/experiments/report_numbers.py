@@ -10,8 +10,8 @@ import pandas as pd
 
 from hooked_vla.rollouts.experiments.definition import Definition
 
-# versions have several points
-_NUMBER = re.compile(r"(?<![\w.#])[-+−]?\d+(?:\.\d+)*(?:e[-+]?\d+)?")
+# versions have several points; a commit that begins with digits is none
+_NUMBER = re.compile(r"(?<![\w.#])[-+−]?\d+(?:\.\d+)*(?:e[-+]?\d+)?(?!\w)")
 # what words say and nobody measures: none, one, the confidence of intervals, a percentile of activations
 DEFINED = {0.0, 1.0, -1.0, 95.0, 99.0}
 # shares are shown as per cent, metres as millimetres or centimetres

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from tolerance import assert_close
+from typer.testing import CliRunner
 
-from hooked_vla import Observation
+from hooked_vla import HookedVLA, Observation
+from hooked_vla.cli import app
 from hooked_vla.interventions.places import Layout
 from hooked_vla.rollouts.cells import Cell
 from hooked_vla.rollouts.noise import SeededNoise
@@ -246,3 +248,27 @@ def test_mistakes_are_named(model, tmp_path):
     with pytest.raises(ValueError, match="noise must be"):
         LoopArm("a", sae, "token", noise="always")
     assert not (tmp_path / "x").exists()
+
+
+def call(*arguments: str):
+    return CliRunner().invoke(app, ["sae", "eval", "--model", "smolvla-tabletop", *arguments], terminal_width=300)
+
+
+def test_the_command_runs_and_says_mistakes_in_one_line(tmp_path):
+    """The small policy of the package; all autoencoders of a run's folder are put into the loop, one by one."""
+    site, out = "expert.blocks.1.hook_resid_post", tmp_path / "loop"
+    width = int(HookedVLA.from_pretrained("smolvla-tabletop").hook_points[site].shape[-1])
+    config = preset("hooked", "smolvla-tabletop", site, width, architecture="topk", n_features=2 * width, k=4)
+    SparseAutoencoder(config).save_pretrained(tmp_path / "run" / site)
+    start = ["--episodes", "1", "--n-envs", "1", "--out", str(out)]
+    done = call("--sae", str(tmp_path / "run"), *start, "--pools", "token")
+    assert done.exit_code == 0 and "identity" in done.output and "noise: token" in done.output, done.output
+    report = json.loads((out / "report.json").read_text())
+    assert list(report["arms"]) == ["identity", "token", "noise: token"] and report["is_exact"]
+    for arguments, said in (
+        (["--sae", "nowhere", *start], "no folder with"),
+        (["--sae", str(tmp_path / "run"), *start, "--pools", "max"], "way must be one of"),
+        (["--sae", str(tmp_path / "run"), *start, "--noise", "long"], "noise must be"),
+    ):
+        wrong = call(*arguments)
+        assert wrong.exit_code == 2 and said in " ".join(wrong.output.replace("│", "").split()), wrong.output
