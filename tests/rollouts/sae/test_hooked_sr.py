@@ -262,7 +262,7 @@ def test_the_command_runs_and_says_mistakes_in_one_line(tmp_path):
     SparseAutoencoder(config).save_pretrained(tmp_path / "run" / site)
     start = ["--episodes", "1", "--n-envs", "1", "--out", str(out)]
     done = call("--sae", str(tmp_path / "run"), *start, "--pools", "token")
-    assert done.exit_code == 0 and "identity" in done.output and "noise: token" in done.output, done.output
+    assert done.exit_code == 0 and "identity" in done.output and "unedited: " in done.output, done.output
     report = json.loads((out / "report.json").read_text())
     assert list(report["arms"]) == ["identity", "token", "noise: token"] and report["is_exact"]
     for arguments, said in (
