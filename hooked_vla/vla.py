@@ -233,8 +233,7 @@ class HookedVLA(HookedModel):
         Inductor fuses what it can: faster, other last bits.
         What is attached by `edits` is compiled in; changing it by `EditSet.set`, or the environment step, compiles
         nothing anew. While other hooks are attached, or gradients recorded, the model runs uncompiled.
-        Raises as Compiled; at the first run, what PyTorch raises for a model that cannot be compiled, such as one that
-        decides while it generates how many tokens it generates.
+        Raises as Compiled; RuntimeError at the first run of a model whose next operation depends on what it computed.
         """
         if self._compiled is not None:
             self._compiled.remove()

@@ -33,7 +33,8 @@ def facts(
         "cameras": list(model.spec.features.cameras),
         "n_action_steps": model.spec.features.n_action_steps,
         "demonstrations": {
-            "moments": recipe.moments, "suites": dict(recipe.suites), "action_noise": list(NOISES),
+            "moments": recipe.moments, "retold": recipe.retold, "suites": dict(recipe.suites),
+            "action_noise": list(NOISES),
         },
         "prompts": asdict(Prompting()) if model.spec.features.max_text else None,
         "vision_tower": {"steps": recipe.tower_steps, "frozen": True},

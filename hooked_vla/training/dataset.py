@@ -35,30 +35,29 @@ class Moments:
 
 
 def gather(
-    episodes: Iterator[tuple[list[int], list[list[Moment]]]],
+    episodes: Iterator[list[list[Moment]]],
     tasks: Sequence[tuple[str, str]],
     n_moments: int,
     progress: Callable[[int], Any],
 ) -> Moments:
     """Take episodes until there are `n_moments` of them; progress is told how many each group brought."""
-    kept: list[tuple[Moment, int, int]] = []
+    kept: list[tuple[Moment, int]] = []
     episode = 0
     while len(kept) < n_moments:
-        indices, rows = next(episodes)
         before = len(kept)
-        for index, row in zip(indices, rows, strict=True):
-            kept += [(moment, index, episode) for moment in row]
+        for row in next(episodes):
+            kept += [(moment, episode) for moment in row]
             episode += 1
         progress(min(len(kept), n_moments) - before)
     kept = kept[:n_moments]
-    moments = [moment for moment, _, _ in kept]
+    moments = [moment for moment, _ in kept]
     return Moments(
         images=np.stack([moment.images for moment in moments]),
         state=np.stack([moment.state for moment in moments]),
         chunk=np.stack([moment.chunk for moment in moments]),
         goal=np.stack([moment.goal for moment in moments]),
-        task=np.array([index for _, index, _ in kept]),
-        episode=np.array([number for _, _, number in kept]),
+        task=np.array([moment.task for moment in moments]),
+        episode=np.array([number for _, number in kept]),
         tasks=tuple(tasks),
     )
 

@@ -26,12 +26,13 @@ NOISES = (0.0, 0.3, 0.6, 1.0)
 @dataclass(frozen=True)
 class Moment:
     """One recorded step. chunk: the expert's next actions; goal: where the first camera sees the block and the pad that
-    are meant (column, row; 0..1 from the left and top)."""
+    are meant (column, row; 0..1 from the left and top); task: what is told, by its number in the recorder's names."""
 
     images: UInt8[np.ndarray, "camera height width 3"]
     state: Float32[np.ndarray, " d_state"]
     chunk: Float32[np.ndarray, "step d_action"]
     goal: Float32[np.ndarray, "2 2"]
+    task: int
 
 
 Act = Callable[[Sequence[TabletopEnv]], Sequence[np.ndarray]]
@@ -41,24 +42,24 @@ class Recorder:
     """Runs episodes of many tasks and records moments of them.
 
     suites: shares of the suites; tasks of a suite are equally frequent. chunk: actions a label. keep: share of the
-    steps that is recorded.
+    steps that is recorded. retold: share of these that are labelled as another task of the same scene would be, of the
+    same block while one is held: what a scene looks like then says nothing of what is meant.
     """
 
     def __init__(
         self, suites: dict[str, float], cameras: Sequence[str], image_size: int, chunk: int, seed: int,
-        keep: float = 0.5,
+        keep: float = 0.5, retold: float = 0.0,
     ) -> None:  # fmt: skip
         self.rng = np.random.default_rng(seed)
         self.cameras, self.image_size, self.chunk, self.keep = tuple(cameras), image_size, chunk, keep
+        self.retold = retold
         self.names = [(suite, task.id) for suite in suites for task in TASKS[suite]]
         shares = np.array([suites[suite] / len(TASKS[suite]) for suite, _ in self.names])
         self.shares = shares / shares.sum()
         self._envs: dict[tuple[int, str, tuple[str, ...], tuple[str, ...]], TabletopEnv] = {}
 
-    def episodes(
-        self, n_rows: int, make_act: Callable[[int], Act] | None = None
-    ) -> Iterator[tuple[list[int], list[list[Moment]]]]:
-        """Endless groups of `n_rows` episodes side by side: the task's index and the moments of each.
+    def episodes(self, n_rows: int, make_act: Callable[[int], Act] | None = None) -> Iterator[list[list[Moment]]]:
+        """Endless groups of `n_rows` episodes side by side: the moments of each.
 
         make_act: makes what acts in all rows of a group; None for the disturbed expert.
         """
@@ -66,7 +67,7 @@ class Recorder:
         while True:
             tasks = [int(self.rng.choice(len(self.names), p=self.shares)) for _ in range(n_rows)]
             envs = [self._reset(row, task) for row, task in enumerate(tasks)]
-            yield tasks, self._record(envs, make_act(n_rows))
+            yield self._record(envs, make_act(n_rows))
 
     def _record(self, envs: list[TabletopEnv], act: Act) -> list[list[Moment]]:
         moments: list[list[Moment]] = [[] for _ in envs]
@@ -85,13 +86,25 @@ class Recorder:
         return moments
 
     def _moment(self, env: TabletopEnv) -> Moment:
+        own = env.task
+        # drawn only where asked for: without it, the same seed records the same moments as ever
+        if self.retold and self.rng.random() < self.retold:
+            others = [
+                task for task in TASKS[env.suite]
+                if (task.blocks, task.pads, task.style) == (own.blocks, own.pads, own.style)
+                and (task.block == own.block or not env.holds)
+            ]  # fmt: skip
+            env.task = others[self.rng.integers(len(others))]
         meant = np.array([env.situation.block, (*PADS[env.task.pad].xy, 0.0)])
-        return Moment(
+        moment = Moment(
             images=np.stack([env.image(camera) for camera in self.cameras]),
             state=env.proprioception,
             chunk=expert_chunk(env, self.chunk),
             goal=project(env, self.cameras[0], meant).astype(np.float32),
+            task=self.names.index((env.suite, env.task.id)),
         )
+        env.task = own
+        return moment
 
     def _reset(self, row: int, index: int) -> TabletopEnv:
         """An environment at the start of an episode; tasks with the same scene share one, and its renderer."""

@@ -118,19 +118,22 @@ def demonstrations(recipe: Recipe, shop: Workshop) -> list[Path]:
     """Shards of the disturbed expert's moments; those of models with the same suites, cameras and chunk are shared."""
     spec = get_spec(recipe.spec, "tabletop")
     chunk = _chunk(spec)
-    name = "-".join(["demonstrations", *recipe.suites, *spec.features.cameras, str(chunk)])
+    told = [f"retold{recipe.retold:g}"] if recipe.retold else []
+    name = "-".join(["demonstrations", *recipe.suites, *spec.features.cameras, str(chunk), *told])
     folder = shop.shared / name
     paths = [folder / f"{i:03d}.safetensors" for i in range(-(-recipe.moments // _SHARD))]
     jobs = [
-        (path, (dict(recipe.suites), spec.features.cameras, chunk, shop.seed * 10_000 + i, path))
+        (path, (dict(recipe.suites), spec.features.cameras, chunk, recipe.retold, shop.seed * 10_000 + i, path))
         for i, path in enumerate(paths)
     ]
     _in_parallel(_record_demonstrations, jobs, shop.workers, "demonstrations")
     return paths
 
 
-def _record_demonstrations(suites: dict[str, float], cameras: Sequence[str], chunk: int, seed: int, path: Path) -> None:
-    recorder = Recorder(suites, cameras, IMAGE_SIZE, chunk, seed)
+def _record_demonstrations(
+    suites: dict[str, float], cameras: Sequence[str], chunk: int, retold: float, seed: int, path: Path
+) -> None:
+    recorder = Recorder(suites, cameras, IMAGE_SIZE, chunk, seed, retold=retold)
     save_shard(path, gather(recorder.episodes(1), recorder.names, _SHARD, lambda n: None))
 
 
@@ -139,7 +142,8 @@ def correction(recipe: Recipe, model: HookedVLA, shop: Workshop, number: int) ->
     path = shop.own / f"correction-{number}.safetensors"
     if not path.exists():
         cameras = model.spec.features.cameras
-        recorder = Recorder(dict(recipe.suites), cameras, IMAGE_SIZE, _chunk(model.spec), shop.seed + 777 + number)
+        seed, chunk = shop.seed + 777 + number, _chunk(model.spec)
+        recorder = Recorder(dict(recipe.suites), cameras, IMAGE_SIZE, chunk, seed, retold=recipe.retold)
         with tqdm(total=recipe.corrections.moments, desc=f"corrections {number}", unit="moment") as bar:
             episodes = recorder.episodes(16, lambda n: Policy(model))
             save_shard(path, gather(episodes, recorder.names, recipe.corrections.moments, bar.update))

@@ -22,6 +22,23 @@ def test_same_seed_records_the_same_moments():
     assert not np.array_equal(first.state, other.state)
 
 
+def test_a_scene_that_is_retold_says_nothing_of_what_is_meant():
+    """Moments of one episode are told several tasks, of one block while one is held; the label is each task's own."""
+    source = Recorder({"goal": 1.0}, CAMERAS, 32, chunk=1, seed=3, keep=1.0, retold=1.0)
+    (moments,) = next(source.episodes(1))
+    tasks = [source.names[moment.task][1].split("-") for moment in moments]
+    held = [moment.state[3] > 0 for moment in moments]
+    assert len({block for (block, _), holds in zip(tasks, held, strict=True) if not holds}) == 4
+    assert len({block for (block, _), holds in zip(tasks, held, strict=True) if holds}) == 1 and any(held)
+    assert len({pad for (_, pad), holds in zip(tasks, held, strict=True) if holds}) == 3
+    # at the start nothing has moved yet: the same task has the same goal, another block another
+    goals: dict[str, np.ndarray] = {}
+    for (block, _), moment in list(zip(tasks, moments, strict=True))[:6]:
+        assert np.abs(goals.setdefault(block, moment.goal[0]) - moment.goal[0]).max() < 0.01
+    first, *others = goals.values()
+    assert others and all(np.abs(first - each).max() > 0.05 for each in others)
+
+
 def test_labels_are_what_the_expert_then_does():
     env = TabletopEnv("goal", "blue-purple", 32, ())
     env.reset(seed=4)

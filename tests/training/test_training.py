@@ -193,7 +193,7 @@ def test_the_tower_sees_every_camera_of_every_frame(model, moments):
 def test_a_policy_acts_in_all_rows_at_once(model, monkeypatch):
     monkeypatch.setattr(demonstrations, "MAX_STEPS", 10)
     source = Recorder({"goal": 1.0}, ("top", "wrist"), 96, chunk=8, seed=1, keep=0.5)
-    _, rows = next(source.episodes(2, lambda n: Policy(model)))
+    rows = next(source.episodes(2, lambda n: Policy(model)))
     assert len(rows) == 2 and all(0 < len(row) < 10 for row in rows)
     assert all(moment.chunk.shape == (8, 4) for row in rows for moment in row)
 
