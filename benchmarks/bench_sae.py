@@ -63,6 +63,7 @@ def config_of(size: Size, site: str) -> SAEConfig:
     """Ours, as close to sae-lens's training as it gets: free decoder rows, its clipping and error, no decay."""
     return preset(
         "hooked", "bench", site, size.d, steps=1_000_000, batch_size=size.batch, architecture="topk", k=K, loss="sum",
+        n_features=EXPANSION * size.d,
         normalisation="none", rate=3e-4, warmup=0, decay_from=None, clip=1.0, unit_decoder=False, init_rows=512,
         aux_k=size.d // 2, aux_weight=1.0, dead_after=10**9,
     )  # fmt: skip

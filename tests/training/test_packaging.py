@@ -222,8 +222,9 @@ def test_what_training_reads_are_the_goal_cameras_tokens(model: HookedVLA, batch
     if readout.prompt_grid:
         # images stand between the first token, which begins the text, and the words; padding behind them
         words = [range(33, 32 + n) for n in inputs.token_mask.sum(1).tolist()]
-        expected = torch.tensor([sum(each) / len(each) for each in words])
-        torch.testing.assert_close(objective._prompt(segments, place).flatten(), expected)
+        mean, last = objective._prompt(segments, place)
+        torch.testing.assert_close(mean.flatten(), torch.tensor([sum(each) / len(each) for each in words]))
+        assert last.flatten().tolist() == [each[-1] for each in words]
         return
     spec: Any = model.spec
     first = (inputs.tokens == spec.image_token).long().argmax(1) if hasattr(inputs, "grid") else torch.ones(3)

@@ -83,7 +83,7 @@ def train(
     change: Annotated[list[str] | None, typer.Option("--set", help="change one of the preset's settings, as in k=32 or "
                                                                    "architecture=topk; may come several times")] = None,
     steps: Annotated[int | None, typer.Option(help="of training; else the preset's")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="150 small steps, to see that everything works")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="120 small steps, to see that everything works")] = False,
     seed: Annotated[int, typer.Option(help="of weights, and of the first episode")] = 0,
     device: Annotated[str, typer.Option(help="where model and training run: cpu, cuda, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="of the model's weights: float32 or bfloat16")] = "float32",

@@ -46,7 +46,7 @@ class Amount:
 
 
 # under a minute on two cores, for a small policy
-QUICK = Amount(steps=150, batch_size=512, buffer_rows=16_384, evaluated=8192)
+QUICK = Amount(steps=120, batch_size=512, buffer_rows=16_384, evaluated=8192)
 
 
 def train_on_policy(

@@ -19,7 +19,7 @@ from hooked_vla.sae.store import TokenStore
 
 SITES = "expert.blocks.[01].hook_resid_post"
 SITE = "expert.blocks.1.hook_resid_post"
-LITTLE = replace(QUICK, steps=60, batch_size=128, buffer_rows=4096, evaluated=800)
+LITTLE = replace(QUICK, steps=50, batch_size=64, buffer_rows=4096, evaluated=800)
 
 
 def call(*arguments: str):
@@ -36,11 +36,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
 
 def test_all_sites_of_a_policy_train_as_it_acts(tmp_path: Path) -> None:
     found = train_on_policy(
-        ModelSource("smolvla-tabletop"), "goal", SITES, "hooked", LITTLE, tmp_path, 0, {"rate": 3e-3}, Options(8), False
+        ModelSource("smolvla-tabletop"), "goal", SITES, "hooked", LITTLE, tmp_path, 0, {"rate": 3e-3}, Options(6), False
     )
     assert [sae.config.site for sae, _ in found] == [f"expert.blocks.{i}.hook_resid_post" for i in range(2)]
     for sae, evaluation in found:
-        assert evaluation.rows == 800 and evaluation.explained_variance > 0.4
+        assert evaluation.rows == 800 and evaluation.explained_variance > 0.3
         folder = tmp_path / sae.config.site
         again = SparseAutoencoder.from_pretrained(folder)
         assert torch.equal(again.w_dec, sae.w_dec) and again.config.model == "smolvla-tabletop"
