@@ -24,15 +24,16 @@ from hooked_vla.rollouts.injection import InjectionArm
 EPISODE, STEP = "episode", "step"
 
 
-def matched_noise(change: Tensor, layout: Layout, seeds: Sequence[int]) -> Tensor:
+def matched_noise(change: Tensor, layout: Layout, seeds: Sequence[int], shared: bool = False) -> Tensor:
     """Random directions, each token's as long as the change there; 0 where nothing changes.
 
     change: as the hook point has it. seeds: of the rows of the batch, of which each may have several of the value's.
+    shared: all tokens of a row have one direction.
     """
     flat = layout.flatten(change)
-    each = len(flat) // len(seeds)
+    each, n_places, n_channels = len(flat) // len(seeds), 1 if shared else flat.shape[1], flat.shape[2]
     drawn = [
-        torch.randn(each, *flat.shape[1:], generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+        torch.randn(each, n_places, n_channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
         for seed in seeds
     ]
     noise = torch.cat(drawn).to(flat.device)
@@ -63,7 +64,7 @@ class MatchedNoiseArm(InjectionArm):
     def hooks(self, rows: Sequence[Cell]) -> Sequence[HookRequest]:
         """As InjectionArm's, with noise in place of the donor's values. Raises as there."""
         seeds = [cell.seed for cell in rows]
-        return [(site, _Matched(fn, seeds, self.lasts)) for site, fn in super().hooks(rows)]
+        return [(site, NoiseHook(fn, seeds, self.lasts)) for site, fn in super().hooks(rows)]
 
 
 def noise_of(arm: InjectionArm, lasts: str = EPISODE) -> MatchedNoiseArm:
@@ -77,20 +78,21 @@ def with_controls(arms: Sequence[InjectionArm], lasts: str = EPISODE) -> list[In
     return [each for arm in arms for each in (arm, noise_of(arm, lasts))]
 
 
-class _Matched:
-    """An injection's hook with noise in place of what it injects."""
+class NoiseHook:
+    """A hook with noise in place of what another changes. seeds: of the rows; lasts: EPISODE or STEP, how long they
+    keep a direction; shared: as `matched_noise` has it."""
 
-    def __init__(self, inject: HookFunction, seeds: Sequence[int], lasts: str) -> None:
-        self.inject, self.seeds, self.lasts = inject, list(seeds), lasts
+    def __init__(self, fn: HookFunction, seeds: Sequence[int], lasts: str, shared: bool = False) -> None:
+        self.fn, self.seeds, self.lasts, self.shared = fn, list(seeds), lasts, shared
 
     def __call__(self, value: Tensor, hook: HookPoint) -> Tensor | None:
-        injected = self.inject(value.clone(), hook)
-        if injected is None:
+        changed = self.fn(value.clone(), hook)
+        if changed is None:
             return None
         moment = f" {hook.run.env_step} {hook.denoise_step}" if self.lasts == STEP else ""
         # torch's generator on a CPU takes the lower 32 bits of a seed only: all that counts must be in them
         seeds = [zlib.crc32(f"{seed} {hook.name}{moment}".encode()) for seed in self.seeds]
-        change = injected - value
-        noisy = value + matched_noise(change, Layout.of(hook), seeds)
-        # what the injection leaves alone keeps its bits
+        change = changed - value
+        noisy = value + matched_noise(change, Layout.of(hook), seeds, self.shared)
+        # what is left alone keeps its bits
         return torch.where(change == 0, value, noisy)

@@ -191,15 +191,19 @@ class GroupRunner:
         for start in range(0, self.max_steps, n):
             actions = self._timed("policy_s", self.actor.act, rows, start)
             self.timing.chunks += 1
-            for env_step in range(start, min(start + n, self.max_steps)):
-                for i, episode in enumerate(episodes):
-                    if episode.row.running:
-                        part = self._step(episode, actions[i, env_step - start], env_step)
-                        if part is not None:
-                            self.timing.episodes += 1
-                            yield part
+            yield from self._carry_out(episodes, actions, start)
             if not any(episode.row.running for episode in episodes):
                 return
+
+    def _carry_out(self, episodes: Sequence[_Episode], actions: np.ndarray, start: int) -> Iterator[Part]:
+        """Take the actions that were planned at environment step `start`; episodes that end with them."""
+        for env_step in range(start, min(start + self.actor.n_action_steps, self.max_steps)):
+            for i, episode in enumerate(episodes):
+                if episode.row.running:
+                    part = self._step(episode, actions[i, env_step - start], env_step)
+                    if part is not None:
+                        self.timing.episodes += 1
+                        yield part
 
     def _step(self, episode: _Episode, action: np.ndarray, env_step: int) -> Part | None:
         """One step of one episode; the finished episode if it was the last."""

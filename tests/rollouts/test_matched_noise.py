@@ -21,7 +21,7 @@ from hooked_vla.rollouts.matched_noise import (
     EPISODE,
     STEP,
     MatchedNoiseArm,
-    _Matched,
+    NoiseHook,
     matched_noise,
     noise_of,
     with_controls,
@@ -54,7 +54,7 @@ def noisy(lasts: str, moments: list[tuple[int, int]], seeds: list[int]) -> list[
     point = HookPoint("batch seq d_model")
     point.name = SITE
     inject: Callable[..., Tensor] = lambda value, hook: value + change()  # noqa: E731
-    hook, found = _Matched(inject, seeds, lasts), []
+    hook, found = NoiseHook(inject, seeds, lasts), []
     for env_step, denoise_step in moments:
         point.run = Run()
         point.run.env_step = env_step

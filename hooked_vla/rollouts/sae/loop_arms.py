@@ -10,7 +10,6 @@ length at every token, so that the squared error, and with it FVU, is the same, 
 """
 
 import hashlib
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +27,7 @@ from hooked_vla.inputs import PAD
 from hooked_vla.interventions import EditArm, SAEFeatureEdit, SAEReconstruct
 from hooked_vla.interventions.places import Layout
 from hooked_vla.rollouts.cells import Cell
-from hooked_vla.rollouts.matched_noise import EPISODE, STEP, matched_noise
+from hooked_vla.rollouts.matched_noise import EPISODE, STEP, NoiseHook
 from hooked_vla.sae.autoencoder import SparseAutoencoder
 
 IDENTITY = "identity"
@@ -128,7 +127,7 @@ class LoopArm:
         if self._is_spliced:
             ((_, fn),) = self._edits.hooks(rows)
         if self.noise is not None:
-            fn = _Noisy(fn, [cell.seed for cell in rows], self.noise, self.way != "token")
+            fn = NoiseHook(fn, [cell.seed for cell in rows], self.noise, self.way != "token")
         return [(self.site, fn)]
 
     def _direct(self, value: Tensor, hook: HookPoint) -> Tensor | None:
@@ -199,34 +198,3 @@ def chosen_tokens(
     else:
         mask = torch.stack([segments.mask(name) for name in tokens]).any(0)
     return mask.expand(flat.shape[:2]).to(flat.device)
-
-
-class _Noisy:
-    """A hook with noise in place of what it changes. shared: one direction for all tokens of a row."""
-
-    def __init__(self, fn: HookFunction, seeds: Sequence[int], lasts: str, shared: bool) -> None:
-        self.fn, self.seeds, self.lasts, self.shared = fn, list(seeds), lasts, shared
-
-    def __call__(self, value: Tensor, hook: HookPoint) -> Tensor | None:
-        changed = self.fn(value.clone(), hook)
-        if changed is None:
-            return None
-        moment = f" {hook.run.env_step} {hook.denoise_step}" if self.lasts == STEP else ""
-        # torch's generator on a CPU takes the lower 32 bits of a seed only: all that counts must be in them
-        seeds = [zlib.crc32(f"{seed} {hook.name}{moment}".encode()) for seed in self.seeds]
-        layout, change = Layout.of(hook), changed - value
-        if not self.shared:
-            noise = matched_noise(change, layout, seeds)
-        else:
-            noise = layout.restore(_shared_noise(layout.flatten(change), seeds).to(value.dtype), value)
-        return torch.where(change == 0, value, value + noise)
-
-
-def _shared_noise(
-    change: Float[Tensor, "row place channel"], seeds: Sequence[int]
-) -> Float[Tensor, "row place channel"]:
-    """One direction a row, at every token as long as the change there."""
-    each = len(change) // len(seeds)
-    drawn = [torch.randn(each, 1, change.shape[2], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    noise = torch.cat(drawn).to(change.device)
-    return change.float().norm(dim=-1, keepdim=True) * noise / noise.norm(dim=-1, keepdim=True)

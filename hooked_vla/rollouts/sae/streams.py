@@ -7,6 +7,7 @@ episode's seed, so that a group of episodes run again gives the same rows.
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,23 +44,11 @@ class _Watch(Watcher):
 
 
 class _PlanRunner(GroupRunner):
-    """A runner that also stops after every plan, when its first actions have been taken: it then yields None."""
+    """A runner that also stops after every plan, before its first action is taken: it then yields None."""
 
-    def _steps(self, episodes: Sequence[Any], rows: Sequence[Any]) -> Iterator[Any]:
-        n = self.actor.n_action_steps
-        for start in range(0, self.max_steps, n):
-            actions = self._timed("policy_s", self.actor.act, rows, start)
-            self.timing.chunks += 1
-            yield None
-            for env_step in range(start, min(start + n, self.max_steps)):
-                for i, episode in enumerate(episodes):
-                    if episode.row.running:
-                        part = self._step(episode, actions[i, env_step - start], env_step)
-                        if part is not None:
-                            self.timing.episodes += 1
-                            yield part
-            if not any(episode.row.running for episode in episodes):
-                return
+    def _carry_out(self, episodes: Sequence[Any], actions: np.ndarray, start: int) -> Iterator[Any]:
+        yield None
+        yield from super()._carry_out(episodes, actions, start)
 
 
 class PolicyStream:
