@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hooked_vla import lerobot, registry
+from hooked_vla.folders import write_file
 from hooked_vla.hooks.cache_file import write_safetensors
 from hooked_vla.hooks.model import HookedModel
 from hooked_vla.inputs import Actions, Draws, ModelInputs, Observation, Segments, StepInputs
@@ -158,11 +159,7 @@ class HookedVLA(HookedModel):
         files = {"config.json": json.dumps(config, indent=2).encode()} | self.sidecars
         files["geometry.json"] = json.dumps(self.spec.geometry(), indent=1).encode()
         for name, content in files.items():
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_bytes(content)
-            temporary.replace(path)
+            write_file(folder / name, content)
         parts: dict[str, dict[str, Tensor]] = {"": {}}
         for key, tensor in (self.public_state_dict() | self.statistics).items():
             part, _, rest = key.rpartition("/")

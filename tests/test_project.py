@@ -14,7 +14,7 @@ from hooked_vla import get_spec, list_models
 ROOT = Path(__file__).parent.parent
 # later layers may import earlier ones, never the other way
 LAYERS = [
-    {"spec", "inputs", "kernels", "extras", "lerobot", "part_files"},
+    {"spec", "inputs", "kernels", "extras", "folders", "lerobot", "notebook", "part_files"},
     {"hooks", "components"},
     {"sae.splice"},
     {"interventions"},

@@ -8,6 +8,7 @@ from math import inf, isinf
 from pathlib import Path
 from typing import Any
 
+from hooked_vla.folders import write_file
 from hooked_vla.hooks.cache_file import write_safetensors
 from hooked_vla.interventions.edits import (
     NUMBER,
@@ -92,12 +93,7 @@ def save_edits(edits: Sequence[Edit], path: str | Path) -> None:
     document = _document([_to_json(edit, beside) for edit in edits])
     path.parent.mkdir(parents=True, exist_ok=True)
     beside.write()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
 
 
 def load_edits(path: str | Path) -> list[Edit]:

@@ -10,10 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hooked_vla.folders import read_manifest
 from hooked_vla.hooks.names import is_denoised, nearest
 from hooked_vla.inputs import Segments
 from hooked_vla.rollouts import needs_sim_extra
-from hooked_vla.rollouts.activation_store import INDEX, index_files, read_note, read_recording, shard_of
+from hooked_vla.rollouts.activation_store import FORMAT, INDEX, RECORDING, index_files, read_note, shard_of
 
 with needs_sim_extra():
     import pyarrow as pa
@@ -54,7 +55,9 @@ class ActivationRecording:
     def __init__(self, folder: str | Path) -> None:
         """Raises FileNotFoundError for a folder that is not a recording, ValueError where its files are damaged."""
         self.folder = Path(folder)
-        self.about: Mapping[str, Any] = read_recording(self.folder)["about"]
+        self.about: Mapping[str, Any] = read_manifest(self.folder / RECORDING, FORMAT, "a recording of activations")[
+            "about"
+        ]
         self._notes = {index: read_note(index) for index in index_files(self.folder)}
         self._finished = {(episode, note["session"]) for note in self._notes.values() for episode in note["finished"]}
         self.sites: dict[str, tuple[str, ...]] = {}

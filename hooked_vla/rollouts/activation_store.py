@@ -10,7 +10,6 @@ kept once. An episode is there when it was finished: what a killed process recor
 when the folder is opened for recording again.
 """
 
-import fcntl
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hooked_vla.folders import lock, read_manifest, write_file, write_json
 from hooked_vla.hooks.cache import ROW_AXES, ActivationCache
 from hooked_vla.hooks.cache_file import write_safetensors
 from hooked_vla.inputs import Segments
 from hooked_vla.rollouts import needs_sim_extra
-from hooked_vla.rollouts.records import write_file
 
 with needs_sim_extra():
     import pyarrow as pa
@@ -276,34 +275,17 @@ def _claim(folder: Path, about: Mapping[str, Any]) -> Any:
     if not path.is_file():
         if folder.is_dir() and (others := sorted(each.name for each in folder.iterdir())):
             raise ValueError(f"{folder} has no {RECORDING}, but holds {others[:5]}: choose an empty folder")
-        write_file(path, (json.dumps(wanted, indent=1) + "\n").encode())
-    found = read_recording(folder)
+        write_json(path, wanted)
+    found = read_manifest(folder / RECORDING, FORMAT, "a recording of activations")
     if found != wanted:
         raise ValueError(f"{folder} holds another recording: it says {found['about']}, not {wanted['about']}")
-    lock = path.open()
+    opened = path.open()
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise BlockingIOError(error.errno, f"another process is recording in {folder}") from error
-    return lock
-
-
-def read_recording(folder: Path) -> dict[str, Any]:
-    """What recording.json says.
-
-    Raises FileNotFoundError where there is none, ValueError for one that is damaged or of another format.
-    """
-    path = folder / RECORDING
-    if not path.is_file():
-        raise FileNotFoundError(f"no {RECORDING} in {folder}: not a recording of activations")
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ValueError(f"{path} is not of the format {FORMAT!r}")
-    return found
+        lock(opened, f"recording in {folder}")
+    except BlockingIOError:
+        opened.close()
+        raise
+    return opened
 
 
 def _clean(folder: Path) -> tuple[int, set[int]]:

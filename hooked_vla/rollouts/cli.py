@@ -72,10 +72,10 @@ def rollouts(
         typer.echo(json.dumps(numbers, indent=1))
         return
     if json_to is not None:
-        from hooked_vla.rollouts.records import write_file
+        from hooked_vla.folders import write_json
 
         try:
-            write_file(Path(json_to), (json.dumps(numbers, indent=1) + "\n").encode())
+            write_json(Path(json_to), numbers)
         except OSError as error:
             raise failure(error) from error
     _print_table(done)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from hooked_vla.extras import needs_packages
-from hooked_vla.rollouts.records import write_file
+from hooked_vla.folders import write_file
 from hooked_vla.rollouts.replay import Episode
 
 with needs_packages(("rerun",), "Rerun's recordings need: pip install hooked-vla[export]"):

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 import hooked_vla
+from hooked_vla.folders import write_json
 from hooked_vla.rollouts.arms import Arm, describe_arms
 from hooked_vla.rollouts.cells import Scene
-from hooked_vla.rollouts.records import MANIFEST, read_manifest, write_file
+from hooked_vla.rollouts.records import MANIFEST, read_manifest
 from hooked_vla.rollouts.settings import Settings
 from hooked_vla.rollouts.suites import Suite
 from hooked_vla.vla import HookedVLA
@@ -115,7 +116,7 @@ def claim_folder(folder: Path, manifest: Mapping[str, Any]) -> None:
     others = [path.name for path in folder.iterdir() if not path.name.endswith(".tmp")] if folder.is_dir() else []
     if others:
         raise ValueError(f"{folder} has no {MANIFEST}, but holds {sorted(others)[:5]}: choose an empty folder")
-    write_file(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    write_json(folder / MANIFEST, manifest)
 
 
 def compare(recorded: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:

@@ -9,12 +9,10 @@ written again. Nothing that differs from run to run (times, hosts) is in them.
 """
 
 import errno
-import fcntl
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hooked_vla.folders import lock, write_file
 from hooked_vla.rollouts import needs_sim_extra
 from hooked_vla.rollouts.cells import Cell
 
@@ -165,8 +164,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         files = folder.glob("episodes/*/*.parquet")
-        # a machine that lost power may leave names without content
-        self.recorded = {int(file.stem) for file in files if file.stat().st_size and self._steps_file(file).is_file()}
+        self.recorded = {number for number in (int(file.stem) for file in files) if _is_recorded(folder, number)}
 
     @classmethod
     @contextmanager
@@ -176,11 +174,8 @@ class Store:
         What a killed process left unfinished is removed.
         Raises BlockingIOError when another process is recording there.
         """
-        with (folder / MANIFEST).open() as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise BlockingIOError(error.errno, f"another process is recording in {folder}") from error
+        with (folder / MANIFEST).open() as opened:
+            lock(opened, f"recording in {folder}")
             for left in [*folder.glob(".*.tmp"), *folder.glob("*/*/.*.tmp")]:
                 left.unlink(missing_ok=True)
             yield cls(folder)
@@ -190,7 +185,7 @@ class Store:
 
         Raises OSError when it cannot be written; nothing of it is then left in the folder.
         """
-        steps, episode = (self._file(kind, part.cell.id) for kind in ("steps", "episodes"))
+        steps, episode = (_file(self.folder, kind, part.cell.id) for kind in ("steps", "episodes"))
         if part.cell.id in self.recorded:
             if (steps.read_bytes(), episode.read_bytes()) != (part.steps, part.episode):
                 logger.warning("%s came out otherwise than it was recorded in %s", part.cell, self.folder)
@@ -210,29 +205,15 @@ class Store:
         self.recorded.add(part.cell.id)
         return True
 
-    def _file(self, kind: str, number: int) -> Path:
-        return self.folder / kind / f"{number // _PER_FOLDER:03d}" / f"{number:09d}.parquet"
 
-    def _steps_file(self, episode: Path) -> Path:
-        return self._file("steps", int(episode.stem))
+def _file(folder: Path, kind: str, number: int) -> Path:
+    return folder / kind / f"{number // _PER_FOLDER:03d}" / f"{number:09d}.parquet"
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file that appears under its name when it is complete, in a folder that is made if need be.
-
-    Raises OSError naming a file when that fails; no part of it is then left.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        # writing, unlike opening, does not say which file it was
-        error.filename = error.filename or str(path)
-        raise
+def _is_recorded(folder: Path, number: int) -> bool:
+    episode = _file(folder, "episodes", number)
+    # a machine that lost power may leave names without content
+    return episode.is_file() and episode.stat().st_size > 0 and _file(folder, "steps", number).is_file()
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -252,13 +233,14 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return found
 
 
-def read_episodes(folder: str | Path) -> pa.Table:
+def read_episodes(folder: str | Path, episodes: Sequence[int] | None = None) -> pa.Table:
     """One row an episode, in the order of their numbers; columns as in EPISODES. `.to_pandas()` where pandas is.
 
-    Raises FileNotFoundError for a folder without manifest.
+    episodes: only these numbers, in this order. Raises FileNotFoundError for a folder without manifest, KeyError for an
+    episode that is not recorded.
     """
     read_manifest(folder)
-    return _read(Path(folder), "episodes", EPISODES, None)
+    return _read(Path(folder), "episodes", EPISODES, episodes)
 
 
 def read_steps(folder: str | Path, episodes: Sequence[int] | None = None) -> pa.Table:
@@ -272,9 +254,8 @@ def read_steps(folder: str | Path, episodes: Sequence[int] | None = None) -> pa.
 
 def _read(folder: Path, kind: str, schema: pa.Schema, wanted: Sequence[int] | None) -> pa.Table:
     """Files of recorded episodes only: the steps of one that was interrupted do not count."""
-    store = Store(folder)
-    numbers = sorted(store.recorded) if wanted is None else list(wanted)
-    if missing := [number for number in numbers if number not in store.recorded]:
+    numbers = sorted(Store(folder).recorded) if wanted is None else list(wanted)
+    if missing := [number for number in numbers if not _is_recorded(folder, number)]:
         raise KeyError(f"episodes {missing[:10]} are not recorded in {folder}")
-    tables = [pq.ParquetFile(store._file(kind, number)).read() for number in numbers]
+    tables = [pq.ParquetFile(_file(folder, kind, number)).read() for number in numbers]
     return pa.concat_tables([schema.empty_table(), *tables]).combine_chunks()

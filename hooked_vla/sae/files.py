@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hooked_vla.folders import write_file
 from hooked_vla.hooks.cache_file import write_safetensors
 from hooked_vla.sae.config import SAEConfig
 
@@ -41,9 +42,7 @@ def save(sae: Any, folder: Path, dtype: torch.dtype) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = sae.config.to_json()
     write_safetensors(folder / WEIGHTS, entries, {"format": FORMAT, "config": text})
-    temporary = folder / f".{CONFIG}.tmp"
-    temporary.write_text(text)
-    temporary.replace(folder / CONFIG)
+    write_file(folder / CONFIG, text.encode())
 
 
 def load(kind: Any, folder_or_name: str | Path, device: str | torch.device) -> Any:

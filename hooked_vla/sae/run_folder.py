@@ -6,7 +6,6 @@ OUT/<site>/log.csv       figures while training; with config.json and sae.safete
 """
 
 import csv
-import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hooked_vla.folders import lock, write_json
 from hooked_vla.sae.autoencoder import SparseAutoencoder
 from hooked_vla.sae.config import SAEConfig
 from hooked_vla.sae.files import WEIGHTS
@@ -51,11 +51,8 @@ class RunFolder:
             yield made
             return
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise BlockingIOError(error.errno, f"another process is training in {folder}") from error
+        with (folder / ".lock").open("w") as opened:
+            lock(opened, f"training in {folder}")
             made._claim(configs)
             # what a killed process left
             for left in folder.glob(".state-*"):
@@ -66,7 +63,7 @@ class RunFolder:
         path = self.folder / BEGUN
         now = json.loads(json.dumps({"format": FORMAT, "saes": [asdict(config) for config in configs]}))
         if not path.is_file():
-            _write(path, json.dumps(now, indent=1) + "\n")
+            write_json(path, now)
             return
         try:
             begun = json.loads(path.read_text())
@@ -128,12 +125,6 @@ class RunFolder:
             sae.save_pretrained(folder)
         for path in self.folder.glob("state-*"):
             shutil.rmtree(path)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def _append(path: Path, rows: Sequence[Sequence[float | int]]) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hooked_vla.folders import write_json
 from hooked_vla.hooks.cache_file import write_safetensors
 from hooked_vla.sae.autoencoder import SparseAutoencoder, folded
 from hooked_vla.sae.config import SAEConfig
@@ -62,9 +63,7 @@ def write(sae: SparseAutoencoder, folder: str | Path, drop_negative: bool = Fals
     folder.mkdir(parents=True, exist_ok=True)
     tensors = sorted(_tensors(sae).items())
     write_safetensors(folder / WEIGHTS, [(n, t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors], {})
-    temporary = folder / f".{CONFIG}.tmp"
-    temporary.write_text(json.dumps(about, indent=1) + "\n")
-    temporary.replace(folder / CONFIG)
+    write_json(folder / CONFIG, about)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 from tqdm import tqdm
 
+from hooked_vla.folders import read_manifest
 from hooked_vla.hooks.names import nearest
 from hooked_vla.sae.rows import IDS, Names, id_numbers
 
@@ -102,7 +103,7 @@ class TokenStore:
         """Raises FileNotFoundError for a folder that is not a store; ValueError naming the file that is damaged,
         truncated or missing (contents are checked by `verify`)."""
         self.folder = Path(folder)
-        manifest = read_manifest(self.folder)
+        manifest = read_manifest(self.folder / MANIFEST, FORMAT, "a store of activations")
         self.about: Mapping[str, Any] = manifest["about"]
         self.complete: bool = manifest["complete"]
         self.episodes: Sequence[int] = manifest["episodes"]
@@ -241,20 +242,3 @@ def group_shards(
             path = shard_path(folder, number, len(shards))
         shards.append(Shard(path, group["partial_rows"], ShardLayout.of(shard_rows, sites), ""))
     return shards
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """What the manifest of a store says.
-
-    Raises FileNotFoundError where there is none, ValueError for one that is damaged or of another format.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(f"no {MANIFEST} in {folder}: not a store of activations")
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ValueError(f"{path} is not of the format {FORMAT!r}")
-    return found

@@ -5,7 +5,6 @@ counts is what the manifest says, and that changes only at a commit, when whole 
 on begins where the last commit left the shard, and writes over what came after it.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from hooked_vla.folders import lock, read_manifest, write_json
 from hooked_vla.sae.rows import IDS, Names, Rows
 from hooked_vla.sae.store import (
     FORMAT,
@@ -26,7 +26,6 @@ from hooked_vla.sae.store import (
     SHARD_ROWS,
     ShardLayout,
     file_hash,
-    read_manifest,
     read_sites,
     shard_path,
 )
@@ -125,7 +124,7 @@ class StoreWriter:
             "episodes": sorted(self.episodes),
             "complete": complete,
         }
-        _replace(self.folder / MANIFEST, self._manifest)
+        write_json(self.folder / MANIFEST, self._manifest)
 
 
 class _Group:
@@ -269,8 +268,8 @@ def _begin(folder: Path, about: Mapping[str, Any], shard_rows: int) -> dict[str,
     if not (folder / MANIFEST).is_file():
         new = {"format": FORMAT, "about": about, "ids": list(IDS), "shard_rows": shard_rows,
                "names": Names().to_json(), "groups": [], "episodes": [], "complete": False}  # fmt: skip
-        _replace(folder / MANIFEST, new)
-    found = read_manifest(folder)
+        write_json(folder / MANIFEST, new)
+    found = read_manifest(folder / MANIFEST, FORMAT, "a store of activations")
     now = {**about, "shard_rows": shard_rows}
     then = {**found["about"], "shard_rows": found["shard_rows"]}
     differ = [key for key in {**then, **now} if then.get(key, "nothing") != now.get(key, "nothing")]
@@ -293,22 +292,10 @@ def _claim(folder: Path) -> Any:
     others = sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))
     if MANIFEST not in others and (others := [name for name in others if name != LOCK]):
         raise ValueError(f"{folder} has no {MANIFEST}, but holds {others[:5]}: choose an empty folder")
-    lock = (folder / LOCK).open("a")
+    opened = (folder / LOCK).open("a")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise BlockingIOError(error.errno, f"another process is writing the store {folder}") from error
-    return lock
-
-
-def _replace(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON that appears under its name when complete."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        error.filename = error.filename or str(path)
+        lock(opened, f"writing the store {folder}")
+    except BlockingIOError:
+        opened.close()
         raise
+    return opened

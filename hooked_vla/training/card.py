@@ -1,6 +1,5 @@
 """The model card: what a shipped policy was trained on, how, and what it does, with intervals."""
 
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -9,7 +8,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from hooked_vla.rollouts.records import write_file
+from hooked_vla.folders import write_file, write_json
 from hooked_vla.rollouts.summary import Rate
 from hooked_vla.training.batches import Prompting
 from hooked_vla.training.demonstrations import NOISES
@@ -49,7 +48,7 @@ def facts(
 
 def write_card(folder: Path, data: Mapping[str, Any]) -> None:
     """README.md for people and card.json for programs."""
-    write_file(folder / "card.json", (json.dumps(data, indent=1) + "\n").encode())
+    write_json(folder / "card.json", data)
     write_file(folder / "README.md", _markdown(data).encode())
 
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from hooked_vla.rollouts.records import write_file
+from hooked_vla.folders import write_file
 from hooked_vla.training.demonstrations import Moment
 
 _FIELDS = ("images", "state", "chunk", "goal", "task", "episode")

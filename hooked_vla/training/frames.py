@@ -13,7 +13,7 @@ from jaxtyping import Float32, Float64, UInt8
 from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
-from hooked_vla.rollouts.records import write_file
+from hooked_vla.folders import write_file
 from hooked_vla.rollouts.tabletop import BLOCKS, PADS, TASKS, TabletopEnv
 
 # what a frame may show, in the order of `Frames.places`

@@ -16,8 +16,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hooked_vla import lerobot
+from hooked_vla.folders import write_file
 from hooked_vla.processors.groot import NO_INSTRUCTION, conversation
-from hooked_vla.rollouts.records import write_file
 from hooked_vla.spec import FeatureVLASpec, LanguageVLASpec
 from hooked_vla.training.language import lay_out, split, word_tokenizer
 from hooked_vla.vla import HookedVLA

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from hooked_vla.folders import write_json
 from hooked_vla.hooks.cache_file import write_safetensors
 from hooked_vla.registry import get_spec
 from hooked_vla.rollouts.manifest import differences
-from hooked_vla.rollouts.records import write_file
 from hooked_vla.rollouts.settings import Options
 from hooked_vla.rollouts.summary import Rate
 from hooked_vla.rollouts.sweep import run_rollouts
@@ -95,7 +95,7 @@ def claim(recipe: Recipe, shop: Workshop) -> None:
     """
     path, now = shop.own / "recipe.json", {"seed": shop.seed, **asdict(recipe)}
     if not path.is_file():
-        write_file(path, (json.dumps(now, indent=1) + "\n").encode())
+        write_json(path, now)
     elif found := differences(json.loads(path.read_text()), now):
         raise ValueError(
             f"{shop.own} was begun with other settings: {'; '.join(text for _, text in found)}. Go on with those, or "

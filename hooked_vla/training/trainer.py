@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
-from hooked_vla.rollouts.records import write_file
+from hooked_vla.folders import write_file
 from hooked_vla.training.batches import Batch, shuffled
 from hooked_vla.training.objective import Objective, Readout
 from hooked_vla.vla import HookedVLA

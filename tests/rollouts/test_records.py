@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hooked_vla.rollouts import records
+from hooked_vla import folders
 from hooked_vla.rollouts.cells import Cell
 from hooked_vla.rollouts.records import EPISODES, MANIFEST, STEPS, EpisodeLog, Part, Store, read_episodes, read_steps
 
@@ -130,7 +130,7 @@ def test_other_errors_of_the_disk_pass_as_they_are(folder: Path, monkeypatch: py
         raise PermissionError(errno.EACCES, "Permission denied")
 
     with Store.open(folder) as store:
-        monkeypatch.setattr(records.os, "replace", refuse)
+        monkeypatch.setattr(folders.os, "replace", refuse)
         with pytest.raises(PermissionError):
             store.add(make_part(0))
     assert not list(folder.rglob("*.tmp")) and not list(folder.rglob("*.parquet"))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hooked_vla.extras import needs_analysis_extra
+from hooked_vla.folders import write_file, write_json
 from hooked_vla.inputs import Observation
 from hooked_vla.rollouts.arms import BASELINE, Arm
 from hooked_vla.rollouts.cells import spread_scenes
@@ -17,7 +18,6 @@ from hooked_vla.rollouts.executor import Executor, LocalExecutor
 from hooked_vla.rollouts.experiments.definition import Definition, Rule
 from hooked_vla.rollouts.jobs import ModelSource
 from hooked_vla.rollouts.manifest import describe_model, describe_versions
-from hooked_vla.rollouts.records import write_file
 from hooked_vla.rollouts.runner import Watcher
 from hooked_vla.rollouts.settings import Options, native_image_size
 from hooked_vla.rollouts.suites import Suite, get_suite, observation
@@ -88,7 +88,7 @@ class Context:
                 raise ValueError(
                     f"{self.out} has no {EXPERIMENT}, but holds {sorted(others)[:5]}: choose an empty folder"
                 )
-            write_file(path, (json.dumps(about, indent=1) + "\n").encode())
+            write_json(path, about)
             return
         try:
             there = json.loads(path.read_text())

@@ -1,16 +1,15 @@
 """The report of an experiment: Markdown that says what was asked, run and seen, and nothing that was not measured."""
 
 import io
-import json
 from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
 from hooked_vla.extras import needs_analysis_extra
+from hooked_vla.folders import write_file, write_json
 from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.outcome import Outcome
 from hooked_vla.rollouts.experiments.publish import REPORT, RESULTS, VERDICTS
-from hooked_vla.rollouts.records import write_file
 
 with needs_analysis_extra():
     import matplotlib.pyplot as plt
@@ -39,7 +38,7 @@ def write_outcome(context: Context, outcome: Outcome) -> None:
     verdicts = {each.rule: {"holds": each.holds, "measured": each.measured} for each in outcome.verdicts}
     about = {"experiment": context.definition.id, "title": context.definition.title, "model": context.model_name,
              "quick": context.quick, "labels": list(outcome.labels), "verdicts": verdicts}  # fmt: skip
-    write_file(context.out / VERDICTS, (json.dumps(about, indent=1) + "\n").encode())
+    write_json(context.out / VERDICTS, about)
     write_file(context.out / REPORT, report(context, outcome).encode())
 
 

@@ -115,6 +115,22 @@ def train(
     typer.echo(f"wrote {out}")
 
 
+@sae.command()
+def zoo(
+    model: Annotated[str, typer.Argument(help="a policy that comes with the package")],
+    out: Annotated[Path, typer.Option(help="folder of all such autoencoders; a run that was interrupted goes on")],
+    seed: Annotated[int, typer.Option(help="of weights, and of the first episode")] = 0,
+) -> None:
+    """Train the autoencoders that come with the package again."""
+    with mistakes(), redirect_stdout(sys.stderr):
+        from hooked_vla.rollouts.sae.zoo import train_zoo
+
+        found = train_zoo(model, out, seed=seed, progress=True)
+    for each, evaluation in found:
+        typer.echo(f"{each.config.site}: {evaluation}")
+    typer.echo(f"wrote {out / model}")
+
+
 @sae.command("eval")
 def evaluate(
     model: Annotated[str, typer.Option(help="a checkpoint's name, folder or hub id")],

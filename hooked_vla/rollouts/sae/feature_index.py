@@ -1,9 +1,9 @@
 """Reading an index of features: see index.py for what is in it and how it is made."""
 
-import json
 import os
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from hooked_vla.extras import needs_analysis_extra, needs_packages
+from hooked_vla.folders import read_manifest
+from hooked_vla.rollouts.sae.feature_page import Html, feature_page
 from hooked_vla.sae.descriptions import TextSearch
 from hooked_vla.sae.rows import NONE
 
@@ -22,9 +24,15 @@ with needs_packages(("duckdb",), "the index of features needs: pip install 'hook
 with needs_analysis_extra():
     import pandas as pd
 
-FORMAT = "hooked-vla feature index 1"
+FORMAT = "hooked-vla feature index 2"
 MANIFEST, COMPLETE = "manifest.json", "complete"
-TABLES = ("frames", "layout", "peaks", "shares", "concepts", "neighbours", "features")
+TABLES = (
+    "frames", "layout", "peaks", "shares", "concepts", "neighbours", "histograms", "directions", "features",
+)  # fmt: skip
+# what a plan is labelled with
+_LABELS = "frames.* EXCLUDE (episode, env_step, first_row, last_row)"
+# of the histograms of features' values
+N_BINS = 40
 NEIGHBOURS = ("decoder", "coactive")
 
 
@@ -50,16 +58,44 @@ class HeatMap:
         return self.value.reshape(-1, side, side)
 
 
+class Feature(Mapping[str, Any]):
+    """A feature's row of the table of features, by column; `show` shows all that the index has of it."""
+
+    def __init__(self, index: "FeatureIndex", values: Mapping[str, Any]) -> None:
+        self.index, self._values = index, dict(values)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"feature {self['feature']} of {self.index.site}: {self['description']}"
+
+    def show(self, n: int = 4) -> Html:
+        """A page for a notebook: figures, histogram, labels, like features, and the n plans in which it is largest,
+        token by token. Raises ValueError for n below 0."""
+        return feature_page(self.index, self, n)
+
+
 class FeatureIndex:
     """An index that `build_index` made. site, model, n_features: of the autoencoder; manifest: all that it says.
 
-    Tables come as data frames, best first. `sql` asks anything else of the tables in TABLES and of `activations`.
+    Tables come as data frames, best first. `sql` asks anything else of the tables in TABLES and of `activations`. One
+    connection to DuckDB is held until `close`; it reads the index's folder alone, from any thread.
     """
 
-    def __init__(self, folder: str | Path, memory: str = "2GB") -> None:
-        """Raises FileNotFoundError for a folder without an index, ValueError for one that is damaged or unfinished."""
+    def __init__(self, folder: str | Path, memory: str = "2GB", spill: str | Path | None = None) -> None:
+        """spill: folder for what a query does not hold in memory, one in the index's where None.
+
+        Raises FileNotFoundError for a folder without an index, ValueError for one that is damaged or unfinished."""
         self.folder, self.memory = Path(folder), memory
-        self.manifest = read_manifest(self.folder)
+        self._spill = _spill(self.folder) if spill is None else Path(spill)
+        self.manifest = read_manifest(self.folder / MANIFEST, FORMAT, "an index of features")
         if not self.manifest[COMPLETE]:
             raise ValueError(f"the index {folder} is not complete: run what makes it again")
         missing = [name for name in TABLES if not (self.folder / f"{name}.parquet").is_file()]
@@ -68,11 +104,27 @@ class FeatureIndex:
         self.site: str = self.manifest["site"]
         self.model: str = self.manifest["model"]
         self.n_features: int = self.manifest["n_features"]
+        self._duck: duckdb.DuckDBPyConnection | None = None
+        self._lock = threading.Lock()
 
-    def sql(self, query: str, parameters: list[Any] | None = None) -> pd.DataFrame:
-        """What DuckDB answers. Raises duckdb.Error for a query that it does not understand."""
-        with connect(self.folder, self.memory) as duck:
+    def sql(self, query: str, parameters: Sequence[Any] | None = None) -> pd.DataFrame:
+        """What DuckDB answers. Raises duckdb.Error for a query that it does not understand, and damaged files."""
+        with self._lock:
+            if self._duck is None:
+                self._duck = _reader(self.folder, self.memory, self._spill)
+            duck = self._duck.cursor()
+        try:
             return duck.execute(query, parameters or []).df()
+        finally:
+            duck.close()
+
+    def close(self) -> None:
+        """Let go of the connection; the next query makes another."""
+        with self._lock:
+            if self._duck is not None:
+                self._duck.close()
+                self._duck = None
+                shutil.rmtree(self._spill, ignore_errors=True)
 
     def features(self, sort: str = "density", n: int | None = None) -> pd.DataFrame:
         """All features (or n) by a column of the table of features, largest first; those without a value last.
@@ -85,11 +137,11 @@ class FeatureIndex:
         limit = "" if n is None else f" LIMIT {int(n)}"
         return self.sql(f'SELECT * FROM features ORDER BY "{sort}" DESC NULLS LAST, feature{limit}')
 
-    def feature(self, feature: int) -> dict[str, Any]:
+    def feature(self, feature: int) -> Feature:
         """A feature's row of the table of features. Raises ValueError for one that there is not."""
         self._check(feature)
         row = self.sql("SELECT * FROM features WHERE feature = ?", [feature]).to_dict("records")[0]
-        return {str(name): value for name, value in row.items()}
+        return Feature(self, {str(name): value for name, value in row.items()})
 
     def top_frames(self, feature: int, n: int = 10, per_episode: int | None = None) -> pd.DataFrame:
         """The plans in which a feature is largest: episode, env_step, maximum, n_active rows of n_rows, labels.
@@ -100,10 +152,57 @@ class FeatureIndex:
         first = "row_number() OVER (PARTITION BY episode ORDER BY maximum DESC, env_step)"
         kept = "" if per_episode is None else f"QUALIFY {first} <= {int(per_episode)} "
         return self.sql(
-            "SELECT peaks.* EXCLUDE feature, frames.* EXCLUDE (episode, env_step) FROM peaks JOIN frames "
-            f"USING (episode, env_step) WHERE feature = ? {kept}ORDER BY maximum DESC, episode, env_step LIMIT ?",
+            f"SELECT peaks.* EXCLUDE feature, {_LABELS} FROM peaks JOIN frames USING (episode, env_step) "
+            f"WHERE feature = ? {kept}ORDER BY maximum DESC, episode, env_step LIMIT ?",
             [feature, n],
         )
+
+    def sampled_frames(self, feature: int, shares: Sequence[float] = (0.25, 0.5, 0.75)) -> pd.DataFrame:
+        """Plans across all in which a feature is active, one at each share of them when the largest come first: what
+        the largest alone would hide. Columns as of `top_frames`, with share.
+
+        Raises ValueError for a feature that there is not, and shares outside 0..1.
+        """
+        self._check(feature)
+        if wrong := [each for each in shares if not 0 <= each <= 1]:
+            raise ValueError(f"shares must be in 0..1, got {wrong}")
+        n = int(self.sql("SELECT count(*) AS n FROM peaks WHERE feature = ?", [feature]).iat[0, 0])
+        places = {round(each * (n - 1)) + 1: each for each in shares} if n else {}
+        found = self.sql(
+            "WITH ranked AS (SELECT *, row_number() OVER (ORDER BY maximum DESC, episode, env_step) AS place "
+            f"FROM peaks WHERE feature = ?) SELECT ranked.* EXCLUDE feature, {_LABELS} FROM ranked JOIN frames "
+            "USING (episode, env_step) WHERE list_contains(?, place) ORDER BY place",
+            [feature, list(places)],
+        )
+        found["share"] = [places[place] for place in found.pop("place").tolist()]
+        return found
+
+    def course(self, feature: int, episode: int) -> pd.DataFrame:
+        """A feature over an episode: env_step, maximum over the plan's rows (0 where it is not active), labels.
+
+        Raises ValueError for a feature or an episode that there is not.
+        """
+        self._check(feature)
+        found = self.sql(
+            f"SELECT env_step, coalesce(maximum, 0) AS maximum, {_LABELS} FROM frames LEFT JOIN (SELECT env_step, "
+            "maximum FROM peaks WHERE feature = ? AND episode = ?) USING (env_step) WHERE frames.episode = ? "
+            "ORDER BY env_step",
+            [feature, episode, episode],
+        )
+        if found.empty:
+            raise ValueError(f"no episode {episode} in the index")
+        return found
+
+    def histogram(self, feature: int) -> tuple[Int64[np.ndarray, " bin"], float]:
+        """How many rows a feature has in each of N_BINS equal bins from 0 to its maximum, and that maximum.
+
+        Raises ValueError for a feature that there is not.
+        """
+        maximum = float(self.feature(feature)["maximum"])
+        table = self.sql("SELECT bin, count FROM histograms WHERE feature = ?", [feature])
+        counts = np.zeros(N_BINS, np.int64)
+        counts[table["bin"].to_numpy()] = table["count"].to_numpy()
+        return counts, maximum
 
     def top_episodes(self, feature: int, n: int = 10) -> pd.DataFrame:
         """The episodes in which a feature is largest: its maximum, where that is, and the share of plans in which it is
@@ -167,15 +266,20 @@ class FeatureIndex:
         """
         self._check(feature)
         place = [episode, env_step]
-        if self.sql("SELECT 1 FROM frames WHERE episode = ? AND env_step = ?", place).empty:
+        rows = self.sql("SELECT first_row, last_row FROM frames WHERE episode = ? AND env_step = ?", place)
+        if rows.empty:
             raise ValueError(f"no plan at episode {episode}, environment step {env_step}")
         if self.manifest["pooling"] != "token":
             raise ValueError(f"the index is of rows pooled by {self.manifest['pooling']!r}: they have no tokens")
         columns = "segment, camera, position"
         layout = self.sql(f"SELECT {columns} FROM layout WHERE episode = ? ORDER BY ALL", [episode]).to_numpy(np.int64)
+        first, last = (int(each) // self.manifest["block_rows"] for each in rows.iloc[0])
+        files = [
+            str(self.folder.absolute() / "activations" / f"{number:06d}.parquet") for number in range(first, last + 1)
+        ]
         active = self.sql(
-            "SELECT segment, denoise_step, position, value FROM activations WHERE feature = ? AND episode = ? AND "
-            "env_step = ?", [feature, *place],
+            "SELECT segment, denoise_step, position, value FROM read_parquet(?) WHERE feature = ? AND episode = ? AND "
+            "env_step = ?", [files, feature, *place],
         )  # fmt: skip
         ids, values = active[["segment", "denoise_step", "position"]].to_numpy(np.int64), active["value"].to_numpy()
         steps = np.array(sorted(self.manifest["denoise_steps"]), np.int64)
@@ -218,29 +322,12 @@ class FeatureIndex:
             raise ValueError(f"no feature {feature}: the SAE of {self.site} has 0..{self.n_features - 1}")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """What the manifest of an index says.
-
-    Raises FileNotFoundError where there is none, ValueError for one that is damaged or of another format.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(f"no {MANIFEST} in {folder}: not an index of features")
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ValueError(f"{path} is not of the format {FORMAT!r}")
-    return found
-
-
 @contextmanager
 def connect(folder: Path, memory: str) -> "Iterator[duckdb.DuckDBPyConnection]":
     """DuckDB with the tables of an index as far as they are there; what does not fit into memory goes to disk beside
     them. Nothing is downloaded."""
     # one thread: sums are the same every time
-    settings = {"memory_limit": memory, "temp_directory": str(folder / f".spill-{os.getpid()}"), "threads": 1,
+    settings = {"memory_limit": memory, "temp_directory": str(_spill(folder)), "threads": 1,
                 "autoinstall_known_extensions": False}  # fmt: skip
     duck = duckdb.connect(config=settings)
     try:
@@ -249,7 +336,26 @@ def connect(folder: Path, memory: str) -> "Iterator[duckdb.DuckDBPyConnection]":
         yield duck
     finally:
         duck.close()
-        shutil.rmtree(folder / f".spill-{os.getpid()}", ignore_errors=True)
+        shutil.rmtree(_spill(folder), ignore_errors=True)
+
+
+def _spill(folder: Path) -> Path:
+    return folder / f".spill-{os.getpid()}"
+
+
+def _reader(folder: Path, memory: str, spill: Path) -> "duckdb.DuckDBPyConnection":
+    """A connection that only reads, and that only the folder."""
+    # absolute: it is compared with what may be read
+    folder = folder.absolute()
+    duck = duckdb.connect(config={
+        "memory_limit": memory, "temp_directory": str(spill.absolute()), "threads": 1,
+        "autoinstall_known_extensions": False, "autoload_known_extensions": False, "python_enable_replacements": False,
+    })  # fmt: skip
+    for name in (*TABLES, "activations"):
+        view(duck, folder, name)
+    duck.execute("SET allowed_directories = ?", [[f"{folder}/"]])
+    duck.execute("SET enable_external_access = false")
+    return duck
 
 
 def view(duck: "duckdb.DuckDBPyConnection", folder: Path, name: str) -> None:

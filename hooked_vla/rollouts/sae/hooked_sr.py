@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from hooked_vla.analysis.statistics import McNemar, holm, mcnemar
+from hooked_vla.folders import write_json
 from hooked_vla.inputs import PAD
 from hooked_vla.rollouts.acting import prepare
 from hooked_vla.rollouts.arms import BASELINE
@@ -29,7 +30,7 @@ from hooked_vla.rollouts.cells import spread_scenes
 from hooked_vla.rollouts.executor import Executor
 from hooked_vla.rollouts.jobs import ModelSource
 from hooked_vla.rollouts.matched_noise import STEP
-from hooked_vla.rollouts.records import read_episodes, read_steps, write_file
+from hooked_vla.rollouts.records import read_episodes, read_steps
 from hooked_vla.rollouts.sae.fidelity import Fidelity, FidelityWatcher
 from hooked_vla.rollouts.sae.loop_arms import IDENTITY, LoopArm
 from hooked_vla.rollouts.settings import Options, constant_text, settle
@@ -182,7 +183,7 @@ def hooked_sr(
     fidelity = _fidelity(loaded, suite, arms, min(episodes, options.n_envs), seed, tasks, options, name, out)
     result = compare(out / ROLLOUTS, arms, fidelity)
     assert result.baseline.episodes == rollouts.summary[BASELINE.name].overall.episodes
-    write_file(out / REPORT, (json.dumps(result.to_json(), indent=1) + "\n").encode())
+    write_json(out / REPORT, result.to_json())
     return result
 
 
@@ -268,5 +269,5 @@ def _fidelity(
     run_rollouts(model, suite, episodes, seed, tasks, options=options, name=name, watchers=[watcher])
     found = watcher.result()
     kept = {arm: each.to_json() for arm, each in found.items()}
-    write_file(path, (json.dumps(kept, indent=1) + "\n").encode())
+    write_json(path, kept)
     return found

@@ -3,12 +3,16 @@
 FOLDER/manifest.json           of which autoencoder and store; complete when all of the following is there
 FOLDER/activations/000000.parquet   every feature above 0 of 65,536 rows of the store, by feature: feature, the row's
                                ids (see sae/rows.py), value
-FOLDER/frames.parquet          every plan of every episode: episode, env_step, n_rows of the store, and labels
+FOLDER/frames.parquet          every plan of every episode: episode, env_step, n_rows of the store, all of them from
+                               first_row to last_row, and labels
 FOLDER/layout.parquet          the tokens of each episode: episode, segment, camera, position
 FOLDER/peaks.parquet           feature, episode, env_step: maximum and total over the plan's rows, n_active of them
 FOLDER/shares.parquet          feature, kind and value of a label: share of the activation, and its lift
 FOLDER/concepts.parquet        features that tell labels, see sae/concepts.py
 FOLDER/neighbours.parquet      feature, kind (decoder or coactive), place, neighbour, value
+FOLDER/histograms.parquet      feature, bin (of N_BINS equal ones from 0 to the feature's maximum), count of rows
+FOLDER/directions.parquet      feature, x and y (principal components of decoder rows of length 1), components (the
+                               first N_COMPONENTS of them), sha256 of the decoder row, as edits describe it
 FOLDER/features.parquet        feature: density (of rows), frames (share of plans), maximum, mean, the figures of
                                sae/generality.py, description
 
@@ -19,7 +23,6 @@ Memory: of activations, one block (65,536 × (4·d + 60·k) bytes, k the active 
 groups goes to disk beyond `memory`; peaks are all in memory for generality and concepts, 60 bytes each.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -32,17 +35,18 @@ import torch
 from tqdm import tqdm
 
 from hooked_vla.extras import needs_analysis_extra, needs_packages
+from hooked_vla.folders import lock, read_manifest, write_json
+from hooked_vla.interventions.values import digest
 from hooked_vla.rollouts.labelled import folder_labels
-from hooked_vla.rollouts.records import write_file
 from hooked_vla.rollouts.sae.collect import ROLLOUTS
-from hooked_vla.rollouts.sae.feature_index import COMPLETE, FORMAT, MANIFEST, FeatureIndex, connect, read_manifest, view
+from hooked_vla.rollouts.sae.feature_index import COMPLETE, FORMAT, MANIFEST, N_BINS, FeatureIndex, connect, view
 from hooked_vla.rollouts.sae.loop_arms import weights_hash
 from hooked_vla.sae.autoencoder import SparseAutoencoder
 from hooked_vla.sae.concepts import Concept, directions, find_concepts
 from hooked_vla.sae.descriptions import Share, describe
 from hooked_vla.sae.feature_steps import FeatureSteps
 from hooked_vla.sae.generality import ON, PUBLISHED, Generality, generality
-from hooked_vla.sae.neighbours import coactive_neighbours, decoder_neighbours
+from hooked_vla.sae.neighbours import coactive_neighbours, decoder_neighbours, principal_components
 from hooked_vla.sae.rows import IDS, NONE
 from hooked_vla.sae.store import TokenStore
 
@@ -57,6 +61,10 @@ BLOCK_ROWS = 65_536
 # of the rows, spread evenly, from which co-activation is counted
 COACTIVE_ROWS = 65_536
 N_NEIGHBOURS = 10
+# of decoder rows, what a map of features is drawn from
+N_COMPONENTS = 50
+# rows of a table's parts: the features that a part has are known without reading it
+_PART_ROWS = 65_536
 # labels that concepts are looked for in; those of a token's place are only described
 LABELS = ("phase", "direction", "block", "pad", "outcome")
 # widths of actions whose first three numbers move the end effector
@@ -93,7 +101,7 @@ def build_index(
             _layout(store, sae.config.site, out)
             with connect(out, memory) as duck:
                 _tables(duck, store, sae, out, frames, model, on)
-            write_file(out / MANIFEST, (json.dumps({**about, COMPLETE: True}, indent=1) + "\n").encode())
+            write_json(out / MANIFEST, {**about, COMPLETE: True})
     return FeatureIndex(out)
 
 
@@ -116,7 +124,7 @@ def _about(store: TokenStore, sae: SparseAutoencoder, model: Generality, on: flo
         "n_features": config.n_features, "pooling": pooling, "rows": store.n_rows(config.site),
         "about": dict(store.about), "names": store.names.to_json(),
         "denoise_steps": store.ids(config.site)[:, IDS.index("denoise_step")].unique().tolist(),
-        "generality": {**model.to_json(), "on": on},
+        "generality": {**model.to_json(), "on": on}, "block_rows": BLOCK_ROWS,
     }  # fmt: skip
 
 
@@ -125,25 +133,22 @@ def _claimed(out: Path, about: Mapping[str, Any]) -> Iterator[bool]:
     """The folder, for this process alone; whether everything is there already."""
     path = out / MANIFEST
     if path.is_file():
-        known = read_manifest(out)
+        known = read_manifest(path, FORMAT, "an index of features")
         differ = [name for name, value in json.loads(json.dumps(about)).items() if known.get(name) != value]
         if differ:
             raise ValueError(f"{out} holds another index: {', '.join(differ)} differ; choose another folder")
     elif out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} has no {MANIFEST}, but holds {sorted(each.name for each in out.iterdir())[:5]}")
     else:
-        write_file(path, (json.dumps({**about, COMPLETE: False}, indent=1) + "\n").encode())
-    lock = os.open(out, os.O_RDONLY)
+        write_json(path, {**about, COMPLETE: False})
+    opened = os.open(out, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlockingIOError(error.errno, f"another process is writing the index {out}") from error
+        lock(opened, f"writing the index {out}")
         for left in [*out.glob(".*.tmp"), *out.glob("*/.*.tmp")]:
             left.unlink(missing_ok=True)
-        yield bool(read_manifest(out)[COMPLETE])
+        yield bool(read_manifest(path, FORMAT, "an index of features")[COMPLETE])
     finally:
-        os.close(lock)
+        os.close(opened)
 
 
 def _write(path: Path, table: pa.Table) -> None:
@@ -151,7 +156,7 @@ def _write(path: Path, table: pa.Table) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        pq.write_table(table, temporary, compression="zstd")
+        pq.write_table(table, temporary, compression="zstd", row_group_size=_PART_ROWS)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -183,8 +188,13 @@ def _encode(store: TokenStore, sae: SparseAutoencoder, out: Path, progress: bool
 
 def _frames(store: TokenStore, sae: SparseAutoencoder, labels: pd.DataFrame | None) -> pd.DataFrame:
     """One row a plan, in order, with its labels."""
-    places, counts = np.unique(store.ids(sae.config.site)[:, :2].numpy(), axis=0, return_counts=True)
-    frames = pd.DataFrame({"episode": places[:, 0], "env_step": places[:, 1], "n_rows": counts})
+    ids = store.ids(sae.config.site)[:, :2].numpy()
+    places, first, counts = np.unique(ids, axis=0, return_index=True, return_counts=True)
+    # of the rows in reverse, the first of a plan is its last
+    last = len(ids) - 1 - np.unique(ids[::-1], axis=0, return_index=True)[1]
+    frames = pd.DataFrame({
+        "episode": places[:, 0], "env_step": places[:, 1], "n_rows": counts, "first_row": first, "last_row": last,
+    })  # fmt: skip
     known = simulator_labels(store) if labels is None else labels
     if lacking := sorted({"episode", "env_step", "task", "seed"} - set(known.columns)):
         raise ValueError(f"the labels lack columns {lacking}")
@@ -241,7 +251,17 @@ def _tables(
     shares = _shares(duck, store, sae.config.site, frames)
     _write(out / "shares.parquet", pa.Table.from_pandas(shares, preserve_index=False))
     _write(out / "neighbours.parquet", _neighbour_table(duck, sae, n_rows))
-    _write(out / "features.parquet", _feature_table(duck, steps, shares, concepts, n_rows, model, on))
+    _write(out / "directions.parquet", _direction_table(sae))
+    features = _feature_table(duck, steps, shares, concepts, n_rows, model, on)
+    duck.register("figures", features)
+    # a value at the maximum belongs to the last bin
+    counted = duck.sql(
+        f"SELECT feature, least(floor(value / maximum * {N_BINS}), {N_BINS - 1})::INTEGER AS bin, count(*) AS count "
+        "FROM activations JOIN figures USING (feature) GROUP BY ALL ORDER BY ALL"
+    )
+    _write(out / "histograms.parquet", counted.to_arrow_table())
+    duck.unregister("figures")
+    _write(out / "features.parquet", features)
 
 
 def _steps(peaks: pa.Table, frames: pd.DataFrame, m: int) -> FeatureSteps:
@@ -326,6 +346,16 @@ def _neighbour_table(duck: "duckdb.DuckDBPyConnection", sae: SparseAutoencoder, 
             "neighbour": each.feature[there].astype(np.int32), "value": each.value[there],
         }))  # fmt: skip
     return pa.concat_tables(tables)
+
+
+def _direction_table(sae: SparseAutoencoder) -> pa.Table:
+    rows = sae.w_dec.detach().float().cpu()
+    found = principal_components(rows, min(N_COMPONENTS, *rows.shape))
+    flat = np.pad(found, ((0, 0), (0, max(0, 2 - found.shape[1]))))
+    return pa.table({
+        "feature": np.arange(len(rows), dtype=np.int32), "x": flat[:, 0], "y": flat[:, 1],
+        "components": list(found), "sha256": [digest(row) for row in rows],
+    })  # fmt: skip
 
 
 def _feature_table(

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vla.extras import needs_analysis_extra
+from hooked_vla.folders import write_file
 from hooked_vla.hooks.model import HookRequest
 from hooked_vla.hooks.point import HookFunction, HookPoint
 from hooked_vla.interventions import AddRelative, EditArm, ProjectOut, SAEFeatureEdit
@@ -30,7 +31,6 @@ from hooked_vla.rollouts.arms import BASELINE, only_rows
 from hooked_vla.rollouts.cells import Cell
 from hooked_vla.rollouts.experiments.compare import Runs, action_normalizer, compare, layout_of, read_runs
 from hooked_vla.rollouts.jobs import ModelSource
-from hooked_vla.rollouts.records import write_file
 from hooked_vla.rollouts.runner import Watcher
 from hooked_vla.rollouts.settings import Options
 from hooked_vla.rollouts.suites import Suite, get_suite

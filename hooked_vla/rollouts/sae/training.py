@@ -10,9 +10,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from hooked_vla.folders import write_json
 from hooked_vla.hooks.names import NamesFilter, resolve
 from hooked_vla.rollouts.jobs import ModelSource
-from hooked_vla.rollouts.records import write_file
 from hooked_vla.rollouts.sae.collect import RolloutSource
 from hooked_vla.rollouts.settings import Options
 from hooked_vla.sae.autoencoder import SparseAutoencoder
@@ -26,6 +26,7 @@ from hooked_vla.sae.source import Source
 from hooked_vla.sae.store import TokenStore
 from hooked_vla.sae.store_source import StoreSource
 from hooked_vla.sae.trainer import train
+from hooked_vla.vla import HookedVLA
 
 EVALUATION = "evaluation.json"
 # episodes of the evaluation start so far behind those of training
@@ -59,20 +60,31 @@ def train_on_policy(
     HELD_OUT later.
     Raises KeyError and ValueError for sites, presets and settings that there are not.
     """
-    model = source.load()
-    wanted = _wanted(name, source.name, changes)
+    model, wanted = source.load(), _wanted(name, source.name, changes)
+    rows = RolloutSource(
+        model, suite, Capture(sites, wanted.pooling), seed, buffer_rows=amount.buffer_rows,
+        previous=wanted.architecture == "temporal", options=options,
+    )  # fmt: skip
+    with closing(rows):
+        configs = _configs(resolve(sites, list(model.points)), rows, wanted, amount, seed)
+        saes = train(rows, configs, out, device=source.device, progress=progress)
+    return evaluate_on_policy(model, suite, sites, saes, amount, out, seed, options)
 
-    def rows(from_seed: int, buffer_rows: int) -> RolloutSource:
-        return RolloutSource(
-            model, suite, Capture(sites, wanted.pooling), from_seed, buffer_rows=buffer_rows,
-            previous=wanted.architecture == "temporal", options=options,
-        )  # fmt: skip
 
-    with closing(rows(seed, amount.buffer_rows)) as training:
-        configs = _configs(resolve(sites, list(model.points)), training, wanted, amount, seed)
-        saes = train(training, configs, out, device=source.device, progress=progress)
-    with closing(rows(seed + HELD_OUT, min(amount.buffer_rows, QUICK.buffer_rows))) as held_out:
-        return _evaluated(saes, held_out, amount.evaluated, out)
+def evaluate_on_policy(
+    model: HookedVLA, suite: str, sites: NamesFilter, saes: Sequence[SparseAutoencoder], amount: Amount, out: Path,
+    seed: int, options: Options,
+) -> list[tuple[SparseAutoencoder, Evaluation]]:  # fmt: skip
+    """Evaluate autoencoders of the sites, in their order, on episodes that `train_on_policy` did not see with this
+    seed, and write that beside them in out."""
+    config = saes[0].config
+    rows = RolloutSource(
+        model, suite, Capture(sites, config.pooling), seed + HELD_OUT,
+        buffer_rows=min(amount.buffer_rows, QUICK.buffer_rows), previous=config.architecture == "temporal",
+        options=options,
+    )  # fmt: skip
+    with closing(rows):
+        return _evaluated(saes, rows, amount.evaluated, out)
 
 
 def train_on_store(
@@ -153,5 +165,5 @@ def _evaluated(
 ) -> list[tuple[SparseAutoencoder, Evaluation]]:
     found = list(zip(saes, evaluate_all(saes, rows, n_rows), strict=True))
     for (_, evaluation), folder in zip(found, folder_names([sae.config for sae in saes]), strict=True):
-        write_file(out / folder / EVALUATION, (json.dumps(evaluation.to_json(), indent=1) + "\n").encode())
+        write_json(out / folder / EVALUATION, evaluation.to_json())
     return found

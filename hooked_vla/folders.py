@@ -1,0 +1,58 @@
+"""Files that appear when they are complete, manifests that say what a folder holds, and one writer at a time."""
+
+import fcntl
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file that appears under its name when it is complete, in a folder that is made if need be.
+
+    Raises OSError naming a file when that fails; no part of it is then left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        # writing, unlike opening, does not say which file it was
+        error.filename = error.filename or str(path)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`write_file` for readable JSON."""
+    write_file(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_manifest(path: Path, format: str, holds: str) -> dict[str, Any]:
+    """What a folder's manifest says. format: as it names its own; holds: what the folder would hold, "an index".
+
+    Raises FileNotFoundError where there is none, ValueError for one that is damaged or of another format.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path.name} in {path.parent}: not {holds}")
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict) or found.get("format") != format:
+        raise ValueError(f"{path} is not of the format {format!r}")
+    return found
+
+
+def lock(opened: IO[Any] | int, doing: str) -> None:
+    """Lock an open file, or folder, for this process until it is closed. doing: what holds the lock, "training in F".
+
+    Raises BlockingIOError saying that another process is doing it.
+    """
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BlockingIOError(error.errno, f"another process is {doing}") from error
