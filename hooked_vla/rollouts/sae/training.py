@@ -26,7 +26,6 @@ from hooked_vla.sae.source import Source
 from hooked_vla.sae.store import TokenStore
 from hooked_vla.sae.store_source import StoreSource
 from hooked_vla.sae.trainer import train
-from hooked_vla.vla import HookedVLA
 
 EVALUATION = "evaluation.json"
 # episodes of the evaluation start so far behind those of training
@@ -61,30 +60,18 @@ def train_on_policy(
     Raises KeyError and ValueError for sites, presets and settings that there are not.
     """
     model, wanted = source.load(), _wanted(name, source.name, changes)
-    rows = RolloutSource(
-        model, suite, Capture(sites, wanted.pooling), seed, buffer_rows=amount.buffer_rows,
-        previous=wanted.architecture == "temporal", options=options,
-    )  # fmt: skip
-    with closing(rows):
-        configs = _configs(resolve(sites, list(model.points)), rows, wanted, amount, seed)
-        saes = train(rows, configs, out, device=source.device, progress=progress)
-    return evaluate_on_policy(model, suite, sites, saes, amount, out, seed, options)
 
+    def rows(from_seed: int, buffer_rows: int) -> RolloutSource:
+        return RolloutSource(
+            model, suite, Capture(sites, wanted.pooling), from_seed, buffer_rows=buffer_rows,
+            previous=wanted.architecture == "temporal", options=options,
+        )  # fmt: skip
 
-def evaluate_on_policy(
-    model: HookedVLA, suite: str, sites: NamesFilter, saes: Sequence[SparseAutoencoder], amount: Amount, out: Path,
-    seed: int, options: Options,
-) -> list[tuple[SparseAutoencoder, Evaluation]]:  # fmt: skip
-    """Evaluate autoencoders of the sites, in their order, on episodes that `train_on_policy` did not see with this
-    seed, and write that beside them in out."""
-    config = saes[0].config
-    rows = RolloutSource(
-        model, suite, Capture(sites, config.pooling), seed + HELD_OUT,
-        buffer_rows=min(amount.buffer_rows, QUICK.buffer_rows), previous=config.architecture == "temporal",
-        options=options,
-    )  # fmt: skip
-    with closing(rows):
-        return _evaluated(saes, rows, amount.evaluated, out)
+    with closing(rows(seed, amount.buffer_rows)) as training:
+        configs = _configs(resolve(sites, list(model.points)), training, wanted, amount, seed)
+        saes = train(training, configs, out, device=source.device, progress=progress)
+    with closing(rows(seed + HELD_OUT, min(amount.buffer_rows, QUICK.buffer_rows))) as held_out:
+        return _evaluated(saes, held_out, amount.evaluated, out)
 
 
 def train_on_store(
@@ -96,17 +83,29 @@ def train_on_store(
 
     Raises KeyError and ValueError as `train_on_policy`, and ValueError for a store of fewer than two episodes.
     """
-    held_out = list(store.episodes)[STORE_SHARE - 1 :: STORE_SHARE] or list(store.episodes)[-1:]
+    held_out = _held_out(store)
     training = [episode for episode in store.episodes if episode not in held_out]
     if not training:
         raise ValueError(f"{store.folder} has {len(held_out)} episode; one to train on and one to evaluate are needed")
     wanted = _wanted(name, model, changes)
-    previous = wanted.architecture == "temporal"
-    source = StoreSource(store, sites, seed, where={"episode": training}, previous=previous)
+    source = StoreSource(store, sites, seed, where={"episode": training}, previous=wanted.architecture == "temporal")
     configs = _configs(resolve(sites, store.sites), source, wanted, amount, seed)
     saes = train(source, configs, out, device=device, progress=progress)
-    rows = StoreSource(store, sites, seed, passes=1, where={"episode": held_out}, previous=previous)
+    return evaluate_on_store(store, saes, amount, out, seed)
+
+
+def evaluate_on_store(
+    store: TokenStore, saes: Sequence[SparseAutoencoder], amount: Amount, out: Path, seed: int
+) -> list[tuple[SparseAutoencoder, Evaluation]]:
+    """Evaluate autoencoders on the episodes of a store that `train_on_store` keeps for that, and write it beside each
+    of them in out."""
+    sites, previous = [sae.config.site for sae in saes], saes[0].config.architecture == "temporal"
+    rows = StoreSource(store, sites, seed, passes=1, where={"episode": _held_out(store)}, previous=previous)
     return _evaluated(saes, rows, amount.evaluated, out)
+
+
+def _held_out(store: TokenStore) -> list[int]:
+    return list(store.episodes)[STORE_SHARE - 1 :: STORE_SHARE] or list(store.episodes)[-1:]
 
 
 def read_changes(texts: Sequence[str]) -> dict[str, Any]:
