@@ -1,0 +1,33 @@
+"""A tiny run of an experiment on autoencoders: few episodes that are cut short, and hardly any training."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import injection_case
+import jaxtyping
+
+from hooked_vla.rollouts.experiments.context import Context
+from hooked_vla.rollouts.experiments.report import write_outcome
+
+TINY = {"shipped": False, "train_episodes": 2, "train_steps": 4, "train_batch": 32}
+
+
+def context(experiment: str, out: Path, **settings: Any) -> Context:
+    """A run with other settings than its file's; what autoencoders are trained on is cut short too."""
+    made = injection_case.context(experiment, out, **{**TINY, **settings})
+    return replace(made, options=replace(made.options, max_steps=8))
+
+
+def run(experiment: str, out: Path, **settings: Any) -> tuple[Context, Any]:
+    """The run's context and outcome, written as users get it; without runtime shape checks, which take most of the
+    time."""
+    made = context(experiment, out, **settings)
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        made.claim()
+        outcome = made.definition.module.run(made, made.definition.settle(False))
+        write_outcome(made, outcome)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+    return made, outcome
