@@ -213,6 +213,19 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(f"{self.config.label} has tokens {self.config.d_model} wide, the model's are {width}")
 
     @torch.no_grad()
+    def direction(self, feature: int) -> Float[Tensor, " d"]:
+        """What a feature adds to a token of its site where it is 1, in the model's units; for token_norm, to a token of
+        length 1.
+
+        Raises ValueError for a number that is none of a feature, and for transcoders, which add to another site.
+        """
+        c = self.config
+        if not 0 <= feature < c.n_features:
+            raise ValueError(f"{c.label} has no feature {feature}: its features are 0..{c.n_features - 1}")
+        if c.output_site is not None:
+            raise ValueError(f"{c.label}: what a transcoder's feature adds is of {c.output_site}, not of {c.site}")
+        return self.w_dec.detach()[feature] * self.normalisation.scale
+
     def splice(self, drop_negative: bool = False) -> SpliceSAE:
         """The same autoencoder for edits, its normalisation folded into the weights.
 

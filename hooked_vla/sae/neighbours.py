@@ -60,6 +60,23 @@ def coactive_neighbours(token: Int64[np.ndarray, " e"], feature: Int64[np.ndarra
     return _joined(parts)
 
 
+def principal_components(w_dec: Float[Tensor, "m d"], n: int) -> Float32[np.ndarray, "m n"]:
+    """Where decoder rows of length 1 lie along the n directions in which they differ most, the first the longest.
+
+    Signs are such that each direction's largest number is positive. Memory: m × d and d × d numbers.
+    Raises ValueError for n below 1 or above the width.
+    """
+    if not 1 <= n <= w_dec.shape[1]:
+        raise ValueError(f"n must be in 1..{w_dec.shape[1]}, the width of decoder rows, got {n}")
+    rows = w_dec.detach().double().cpu()
+    unit = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    centred = unit - unit.mean(0)
+    _, vectors = torch.linalg.eigh(centred.T @ centred)
+    chosen = vectors.flip(1)[:, :n]
+    largest = chosen.gather(0, chosen.abs().argmax(0, keepdim=True))
+    return (centred @ (chosen * largest.sign())).float().numpy()
+
+
 def _check(n: int, m: int) -> None:
     if not 1 <= n < m:
         raise ValueError(f"n must be in 1..{m - 1}, the number of other features, got {n}")

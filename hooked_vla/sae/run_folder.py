@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hooked_vla.folders import lock, write_json
+from hooked_vla.folders import lock, write_file, write_json
 from hooked_vla.sae.autoencoder import SparseAutoencoder
 from hooked_vla.sae.config import SAEConfig
 from hooked_vla.sae.files import WEIGHTS
@@ -115,7 +115,7 @@ class RunFolder:
             if path.is_file():
                 header, *rows = path.read_text().splitlines()
                 kept = [header, *(row for row in rows if int(row.split(",")[0]) <= step)]
-                _write(path, "\n".join(kept) + "\n")
+                write_file(path, ("\n".join(kept) + "\n").encode())
 
     def finish(self, saes: Sequence[SparseAutoencoder]) -> None:
         """Write the autoencoders, then remove the state."""

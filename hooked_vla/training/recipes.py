@@ -101,6 +101,8 @@ RECIPES: dict[str, Recipe] = {
         scaled=_TOWERS,
         # one action a moment says little of where it leads: scenes were learned by heart, and the block not listened to
         retold=0.5,
+        # and it acts at every step, from places that no demonstration came by
+        corrections=Corrections(rounds=2, moments=8000, steps=2500),
     ),
     "oft-tabletop": Recipe(
         "openvla_oft",

@@ -85,6 +85,24 @@ def test_spliced_it_reconstructs_the_same(name: str) -> None:
         torch.testing.assert_close(found, sae(X), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", sorted(MADE))
+def test_a_direction_is_what_a_feature_adds(name: str) -> None:
+    sae = MADE[name]
+    if sae.config.output_site is not None:
+        with pytest.raises(ValueError, match="what a transcoder's feature adds"):
+            sae.direction(3)
+        return
+    one = torch.zeros(1, sae.config.n_features)
+    one[0, 3] = 1.0
+    token = X[:1] - X[:1].mean()
+    token = token / token.norm()
+    with torch.no_grad():
+        added = sae.decode(one, token) - sae.decode(0 * one, token)
+        torch.testing.assert_close(sae.direction(3), added[0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="has no feature 64: its features are 0..63"):
+        sae.direction(64)
+
+
 def test_what_cannot_be_spliced_says_how_it_can_be_used() -> None:
     with pytest.raises(ValueError, match=r"drop_negative=True leaves them out"):
         MADE["topk without relu"].splice()

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -32,15 +33,32 @@ CASES = {
 }
 
 
+PRESETS = {
+    name: preset(name, "model", SITE, D, steps=90, batch_size=64, rate=5e-3, k=4)
+    for name in ("hooked", "atlas", "atlas-temporal", "drvla", "event")
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, SparseAutoencoder]]:
+    """All cases and presets on one pass, in which each is what it would be alone (tested below); without runtime shape
+    checks, which the other tests have."""
+    configs, folder = {**CASES, **PRESETS}, tmp_path_factory.mktemp("trained")
+    jaxtyping.config.update("jaxtyping_disable", True)
+    made = train(source(), list(configs.values()), folder, progress=False)
+    jaxtyping.config.update("jaxtyping_disable", False)
+    yield dict(zip(configs, made, strict=True))
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_every_architecture_learns_to_reconstruct(name: str, tmp_path: Path) -> None:
+def test_every_architecture_learns_to_reconstruct(name: str, trained: dict[str, SparseAutoencoder]) -> None:
     """Held-out tokens are explained far better than before training, by few features."""
     config = CASES[name]
     held_out = {SITE: tokens(512, seed=9), "other": tokens(512, seed=9) @ MIXING}
     rows = source().sample(500)
     untrained = SparseAutoencoder(config).eval()
     untrained.start(rows[SITE], rows["other"] if name == "transcoder" else None)
-    [sae] = train(source(), [config], tmp_path, progress=False)
+    sae = trained[name]
     before, after = evaluate(untrained, held_out), evaluate(sae, held_out)
     assert after.fvu < 0.5 and after.fvu < 0.6 * before.fvu
     # by a third of all features at most
@@ -142,9 +160,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     train(made, [config], tmp_path, progress=False)
 
 
-@pytest.mark.parametrize("name", ["hooked", "atlas", "atlas-temporal", "drvla", "event"])
-def test_presets_train(name: str, tmp_path: Path) -> None:
-    config = preset(name, "model", SITE, D, steps=90, batch_size=64, rate=5e-3, k=4)
-    assert isinstance(config, SAEConfig)
-    [sae] = train(source(), [config], tmp_path, progress=False)
-    assert evaluate(sae, tokens(512, seed=9)).fvu < 0.5
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_train(name: str, trained: dict[str, SparseAutoencoder]) -> None:
+    assert isinstance(PRESETS[name], SAEConfig) and trained[name].config == PRESETS[name]
+    assert evaluate(trained[name], tokens(512, seed=9)).fvu < 0.5

@@ -40,9 +40,9 @@ HOW = {"save_every": 10, "log_every": 5, "progress": False}
 def configs() -> list[SAEConfig]:
     """What has memory of its own: a threshold, dead features, resampling, normalisation."""
     return [
-        settings("batch_topk", steps=32, aux_k=8, dead_after=256, resample_every=15, seed=1),
-        settings("topk", steps=32, seed=2, normalisation="zscore"),
-        settings("jumprelu", steps=32, penalty=0.02, bandwidth=0.2),
+        settings("batch_topk", steps=22, aux_k=8, dead_after=256, resample_every=6, seed=1),
+        settings("topk", steps=22, seed=2, normalisation="zscore"),
+        settings("jumprelu", steps=22, penalty=0.02, bandwidth=0.2),
     ]
 
 
@@ -82,15 +82,15 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(whole: Path, tmp_path: Path) -> None:
-    assert run(tmp_path, dies=26, processes=1) == [-signal.SIGKILL]
-    assert [path.name for path in tmp_path.glob("state-*")] == ["state-000000020"]
+    assert run(tmp_path, dies=16, processes=1) == [-signal.SIGKILL]
+    assert [path.name for path in tmp_path.glob("state-*")] == ["state-000000010"]
     train(source(), configs(), tmp_path, **HOW)  # pyright: ignore[reportArgumentType]
     expected, found = files(whole), files(tmp_path)
     # the lock, what it was begun with, and config, weights and log of each
     assert len(expected) == 11 and set(found) == set(expected)
     assert not [name for name in expected if expected[name] != found[name]]
     steps = [line.split(",")[0] for line in found[f"{SITE}-0/log.csv"].decode().splitlines()]
-    assert steps == ["step", "5", "10", "15", "20", "25", "30"]
+    assert steps == ["step", "5", "10", "15", "20"]
 
 
 def test_two_processes_give_what_one_gives(whole: Path, tmp_path: Path) -> None:

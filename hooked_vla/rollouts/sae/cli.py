@@ -259,10 +259,8 @@ def steer(
             raise ValueError("say either which --feature to add, or of which --index to ablate features")
         (own,) = open_saes([coder])[:1]
         if feature is not None:
-            if not 0 <= feature < own.config.n_features:
-                raise ValueError(f"no feature {feature}: the SAE has 0..{own.config.n_features - 1}")
             doses = [float(each) for each in _names(rhos) or ()]
-            arms = work.dose_arms(own.config.site, own.w_dec[feature], doses, seed)
+            arms = work.dose_arms(own.config.site, own.direction(feature), doses, seed)
         else:
             assert folder is not None
             ranked, alive = FeatureIndex(folder).ranking(concept)

@@ -149,12 +149,18 @@ class FeatureIndex:
         per_episode: at most so many of one episode. Raises ValueError for a feature that there is not.
         """
         self._check(feature)
-        first = "row_number() OVER (PARTITION BY episode ORDER BY maximum DESC, env_step)"
-        kept = "" if per_episode is None else f"QUALIFY {first} <= {int(per_episode)} "
+        order = "maximum DESC, episode, env_step"
+        own = f"SELECT * EXCLUDE feature FROM peaks WHERE feature = ? ORDER BY {order} LIMIT ?"
+        n_first = n
+        if per_episode is not None:
+            # so many rows have n of different episodes, if there are as many
+            n_first = n * self._most_plans
+            place = "row_number() OVER (PARTITION BY episode ORDER BY maximum DESC, env_step)"
+            own = f"SELECT * FROM ({own}) QUALIFY {place} <= {int(per_episode)} ORDER BY {order} LIMIT {int(n)}"
         return self.sql(
-            f"SELECT peaks.* EXCLUDE feature, {_LABELS} FROM peaks JOIN frames USING (episode, env_step) "
-            f"WHERE feature = ? {kept}ORDER BY maximum DESC, episode, env_step LIMIT ?",
-            [feature, n],
+            f"WITH best AS ({own}) SELECT best.*, {_LABELS} FROM best JOIN frames USING (episode, env_step) "
+            f"ORDER BY {order}",
+            [feature, n_first],
         )
 
     def sampled_frames(self, feature: int, shares: Sequence[float] = (0.25, 0.5, 0.75)) -> pd.DataFrame:
@@ -169,28 +175,30 @@ class FeatureIndex:
         n = int(self.sql("SELECT count(*) AS n FROM peaks WHERE feature = ?", [feature]).iat[0, 0])
         places = {round(each * (n - 1)) + 1: each for each in shares} if n else {}
         found = self.sql(
-            "WITH ranked AS (SELECT *, row_number() OVER (ORDER BY maximum DESC, episode, env_step) AS place "
-            f"FROM peaks WHERE feature = ?) SELECT ranked.* EXCLUDE feature, {_LABELS} FROM ranked JOIN frames "
-            "USING (episode, env_step) WHERE list_contains(?, place) ORDER BY place",
+            "WITH ranked AS (SELECT * EXCLUDE feature, row_number() OVER (ORDER BY maximum DESC, episode, env_step) AS "
+            "place FROM peaks WHERE feature = ? QUALIFY list_contains(?, place)) "
+            f"SELECT ranked.*, {_LABELS} FROM ranked JOIN frames USING (episode, env_step) ORDER BY place",
             [feature, list(places)],
         )
         found["share"] = [places[place] for place in found.pop("place").tolist()]
         return found
 
-    def course(self, feature: int, episode: int) -> pd.DataFrame:
-        """A feature over an episode: env_step, maximum over the plan's rows (0 where it is not active), labels.
+    def course(self, feature: int, episodes: Sequence[int]) -> pd.DataFrame:
+        """A feature over some episodes, in their order: episode, env_step, maximum over the plan's rows (0 where it is
+        not active), labels.
 
         Raises ValueError for a feature or an episode that there is not.
         """
         self._check(feature)
         found = self.sql(
-            f"SELECT env_step, coalesce(maximum, 0) AS maximum, {_LABELS} FROM frames LEFT JOIN (SELECT env_step, "
-            "maximum FROM peaks WHERE feature = ? AND episode = ?) USING (env_step) WHERE frames.episode = ? "
-            "ORDER BY env_step",
-            [feature, episode, episode],
+            "WITH wanted AS (SELECT unnest(?::BIGINT[]) AS episode, generate_subscripts(?::BIGINT[], 1) AS place), "
+            "own AS (SELECT episode, env_step, maximum FROM peaks SEMI JOIN wanted USING (episode) WHERE feature = ?) "
+            f"SELECT episode, env_step, coalesce(maximum, 0) AS maximum, {_LABELS} FROM frames "
+            "JOIN wanted USING (episode) LEFT JOIN own USING (episode, env_step) ORDER BY place, env_step",
+            [list(episodes), list(episodes), feature],
         )
-        if found.empty:
-            raise ValueError(f"no episode {episode} in the index")
+        if missing := sorted(set(episodes) - set(found["episode"].tolist())):
+            raise ValueError(f"no episodes {missing[:5]} in the index")
         return found
 
     def histogram(self, feature: int) -> tuple[Int64[np.ndarray, " bin"], float]:
@@ -198,22 +206,25 @@ class FeatureIndex:
 
         Raises ValueError for a feature that there is not.
         """
-        maximum = float(self.feature(feature)["maximum"])
-        table = self.sql("SELECT bin, count FROM histograms WHERE feature = ?", [feature])
+        self._check(feature)
+        table = self.sql(
+            "SELECT maximum, bin, count FROM features LEFT JOIN histograms USING (feature) WHERE feature = ?", [feature]
+        )
         counts = np.zeros(N_BINS, np.int64)
-        counts[table["bin"].to_numpy()] = table["count"].to_numpy()
-        return counts, maximum
+        filled = table.dropna()
+        counts[filled["bin"].to_numpy(np.int64)] = filled["count"].to_numpy(np.int64)
+        return counts, float(table["maximum"].iat[0])
 
     def top_episodes(self, feature: int, n: int = 10) -> pd.DataFrame:
         """The episodes in which a feature is largest: its maximum, where that is, and the share of plans in which it is
         active. Raises ValueError for a feature that there is not."""
         self._check(feature)
         return self.sql(
-            "WITH whole AS (SELECT episode, count(*) AS plans, any_value(task) AS task, any_value(seed) AS seed "
-            "FROM frames GROUP BY episode) SELECT episode, max(maximum) AS maximum, arg_max(env_step, maximum) AS "
-            "env_step, count(*) / any_value(plans) AS active, any_value(task) AS task, any_value(seed) AS seed FROM "
-            "peaks JOIN whole USING (episode) WHERE feature = ? GROUP BY episode ORDER BY maximum DESC, episode "
-            "LIMIT ?",
+            "WITH own AS (SELECT episode, max(maximum) AS maximum, arg_max(env_step, maximum) AS env_step, count(*) AS "
+            "active FROM peaks WHERE feature = ? GROUP BY episode ORDER BY maximum DESC, episode LIMIT ?), whole AS "
+            "(SELECT episode, count(*) AS plans, any_value(task) AS task, any_value(seed) AS seed FROM frames "
+            "SEMI JOIN own USING (episode) GROUP BY episode) SELECT episode, maximum, env_step, "
+            "active / plans AS active, task, seed FROM own JOIN whole USING (episode) ORDER BY maximum DESC, episode",
             [feature, n],
         )
 
@@ -264,24 +275,46 @@ class FeatureIndex:
 
         Raises ValueError for a feature or plan that there is not, and for an index of means, which have no tokens.
         """
+        return self.heat_maps(feature, [(episode, env_step)])[0]
+
+    def heat_maps(self, feature: int, plans: Sequence[tuple[int, int]]) -> list[list[HeatMap]]:
+        """`heat_map` of several plans, each an episode and an environment step. Raises as that."""
         self._check(feature)
-        place = [episode, env_step]
-        rows = self.sql("SELECT first_row, last_row FROM frames WHERE episode = ? AND env_step = ?", place)
-        if rows.empty:
-            raise ValueError(f"no plan at episode {episode}, environment step {env_step}")
+        episodes, env_steps = [list(each) for each in zip(*plans, strict=True)] if plans else ([], [])
+        wanted = "(SELECT unnest(?) AS episode, unnest(?) AS env_step)"
+        rows = self.sql(
+            f"SELECT episode, env_step, first_row, last_row FROM frames JOIN {wanted} USING (episode, env_step)",
+            [episodes, env_steps],
+        ).to_numpy(np.int64)
+        there = {(episode, step) for episode, step, *_ in rows.tolist()}
+        if missing := [plan for plan in plans if plan not in there]:
+            raise ValueError(f"no plan at episode {missing[0][0]}, environment step {missing[0][1]}")
         if self.manifest["pooling"] != "token":
             raise ValueError(f"the index is of rows pooled by {self.manifest['pooling']!r}: they have no tokens")
-        columns = "segment, camera, position"
-        layout = self.sql(f"SELECT {columns} FROM layout WHERE episode = ? ORDER BY ALL", [episode]).to_numpy(np.int64)
-        first, last = (int(each) // self.manifest["block_rows"] for each in rows.iloc[0])
-        files = [
-            str(self.folder.absolute() / "activations" / f"{number:06d}.parquet") for number in range(first, last + 1)
-        ]
+        if not plans:
+            return []
+        layout = self.sql(
+            "SELECT episode, segment, camera, position FROM layout SEMI JOIN (SELECT unnest(?) AS episode) "
+            "USING (episode) ORDER BY ALL",
+            [episodes],
+        ).to_numpy(np.int64)
+        spans = (rows[:, 2:] // self.manifest["block_rows"]).tolist()
+        blocks = {block for first, last in spans for block in range(first, last + 1)}
+        files = [str(self.folder.absolute() / "activations" / f"{block:06d}.parquet") for block in sorted(blocks)]
         active = self.sql(
-            "SELECT segment, denoise_step, position, value FROM read_parquet(?) WHERE feature = ? AND episode = ? AND "
-            "env_step = ?", [files, feature, *place],
-        )  # fmt: skip
-        ids, values = active[["segment", "denoise_step", "position"]].to_numpy(np.int64), active["value"].to_numpy()
+            "SELECT episode, env_step, segment, denoise_step, position, value FROM read_parquet(?) "
+            f"JOIN {wanted} USING (episode, env_step) WHERE feature = ?",
+            [files, episodes, env_steps, feature],
+        )
+        ids, values = active.iloc[:, :5].to_numpy(np.int64), active["value"].to_numpy()
+        found = []
+        for plan in plans:
+            own = (ids[:, :2] == plan).all(1)
+            found.append(self._maps(layout[layout[:, 0] == plan[0], 1:], ids[own, 2:], values[own]))
+        return found
+
+    def _maps(self, layout: np.ndarray, ids: np.ndarray, values: np.ndarray) -> list[HeatMap]:
+        """layout: segment, camera and position of all tokens; ids: segment, denoise step and position of values."""
         steps = np.array(sorted(self.manifest["denoise_steps"]), np.int64)
         shown = tuple(each for each in steps.tolist() if each != NONE)
         found = []
@@ -306,9 +339,18 @@ class FeatureIndex:
         )
 
     @cached_property
+    def _most_plans(self) -> int:
+        """Of one episode."""
+        return int(self.sql("SELECT max(n) FROM (SELECT count(*) AS n FROM frames GROUP BY episode)").iat[0, 0])
+
+    @cached_property
     def _descriptions(self) -> tuple[list[int], list[str]]:
         table = self.sql("SELECT feature, description FROM features WHERE density > 0 ORDER BY feature")
         return table["feature"].tolist(), table["description"].tolist()
+
+    def prepare_search(self) -> None:
+        """Read the descriptions, as the first `search` does otherwise."""
+        _ = self._texts
 
     @cached_property
     def _texts(self) -> TextSearch:

@@ -4,7 +4,7 @@ Every arm has the scenes and noise of the unedited policy, and controls stand be
 all that are alive, random directions at equal strength, and a sham that runs the edit at strength 0.
 
 >>> arms = titration_arms(sae, ranked, alive, counts=(1, 4, 16), seed=0)
->>> arms = dose_arms(site, sae.w_dec[12], rhos=(-1, -0.5, 0.5, 1), seed=0)
+>>> arms = dose_arms(site, sae.direction(12), rhos=(-1, -0.5, 0.5, 1), seed=0)
 >>> found = steer(model, "goal", arms, episodes=36, seed=0, out="steered")
 >>> found.table, dose_response(found, axis=2)
 

@@ -9,11 +9,13 @@ from pathlib import Path
 import jaxtyping
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from hooked_vla.cli import app
+from hooked_vla.interventions.values import digest
 from hooked_vla.rollouts.records import read_episodes
 from hooked_vla.rollouts.sae import index as module
 from hooked_vla.rollouts.sae.collect import ROLLOUTS, collect
@@ -204,6 +206,78 @@ def test_neighbours_and_search_lead_to_features(built):
     word = next(text for text in described if "task " in text).split("task ")[1].split()[0]
     found = index.search(word, 40)
     assert len(found) and all(word in text for text in found["description"])
+
+
+def test_histograms_samples_and_courses_are_direct_counts(built, plain):
+    _, index = built
+    feature = int(plain["feature"].value_counts().index[0])
+    own = plain[plain["feature"] == feature]
+    counts, maximum = index.histogram(feature)
+    assert maximum == pytest.approx(own["value"].max(), rel=1e-5) and counts.sum() == len(own)
+    # rounding may move a value that is on an edge
+    edges = np.linspace(0, maximum, len(counts) + 1)
+    expected, _ = np.histogram(own["value"].clip(upper=maximum), edges)
+    assert np.abs(counts - expected).sum() <= 2
+    peaks = own.groupby(["episode", "env_step"])["value"].max().sort_values(ascending=False).to_numpy()
+    found = index.sampled_frames(feature, (0.0, 0.5, 1.0))
+    wanted = peaks[[0, round(0.5 * (len(peaks) - 1)), -1]]
+    np.testing.assert_allclose(found["maximum"], wanted, rtol=1e-5)
+    assert found["share"].tolist() == [0.0, 0.5, 1.0]
+    course = index.course(feature, [2, 0])
+    assert list(dict.fromkeys(course["episode"])) == [2, 0]
+    mine = own[own["episode"] == 2].groupby("env_step")["value"].max()
+    for row in course[course["episode"] == 2].itertuples():
+        assert row.maximum == pytest.approx(mine.get(row.env_step, 0.0), rel=1e-5)
+    for call, said in (
+        (lambda: index.course(feature, [99]), r"no episodes \[99\]"),
+        (lambda: index.sampled_frames(feature, [2.0]), "in 0..1"),
+        (lambda: index.histogram(40), "no feature 40"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()
+
+
+def test_directions_are_those_of_the_decoder(built):
+    sae, index = built
+    table = index.sql("SELECT * FROM directions ORDER BY feature")
+    assert table["sha256"].tolist() == [digest(row) for row in sae.w_dec.detach().float()]
+    unit = torch.nn.functional.normalize(sae.w_dec.detach().double(), dim=1).numpy()
+    components = np.stack(table["components"])
+    np.testing.assert_allclose(components[:, 0], table["x"], rtol=1e-6)
+    # as many components as features keep all distances
+    centred = unit - unit.mean(0)
+    assert components.shape == (40, min(module.N_COMPONENTS, *unit.shape))
+    np.testing.assert_allclose(components @ components.T, centred @ centred.T, atol=1e-5)
+    assert (np.diff(components.var(0)) <= 1e-9).all()
+
+
+def test_a_feature_shows_itself_and_its_text_stays_text(built, store, tmp_path):
+    _, index = built
+    feature = index.feature(index.ranking()[0][0])
+    page = feature.show(n=2)
+    for row in index.top_frames(feature["feature"], 2, per_episode=1).itertuples():
+        assert f"episode {row.episode}, step {row.env_step}" in page.markup
+    assert feature["description"].split(";")[0] in page.markup and "<svg" in page._repr_html_()
+    assert repr(feature).startswith(f"feature {feature['feature']} of {EXPERT}: ")
+    shutil.copytree(index.folder, tmp_path / "i")
+    table = pq.read_table(tmp_path / "i" / "features.parquet")
+    place = table.column_names.index("description")
+    pq.write_table(
+        table.set_column(place, "description", [["<script>x</script>"] * 40]), tmp_path / "i" / "features.parquet"
+    )
+    shown = FeatureIndex(tmp_path / "i").feature(0).show(1).markup
+    assert "<script" not in shown and "&lt;script&gt;x" in shown
+    with pytest.raises(ValueError, match="n must not be negative"):
+        feature.show(-1)
+
+
+def test_an_opened_index_reads_its_folder_alone(built, tmp_path):
+    _, index = built
+    (tmp_path / "other.csv").write_text("a\n1\n")
+    with pytest.raises(Exception, match="file system operations are disabled"):
+        index.sql("SELECT * FROM read_csv(?)", [str(tmp_path / "other.csv")])
+    index.close()
+    assert len(index.features(n=3)) == 3
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -19,7 +20,15 @@ from hooked_vla.sae.store import TokenStore
 
 SITES = "expert.blocks.[01].hook_resid_post"
 SITE = "expert.blocks.1.hook_resid_post"
-LITTLE = replace(QUICK, steps=50, batch_size=64, buffer_rows=4096, evaluated=800)
+LITTLE = replace(QUICK, steps=50, batch_size=64, buffer_rows=2560, evaluated=800)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _unchecked_shapes():
+    """Runtime shape checks of the model off: other tests have them on, and they take most of the time."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def call(*arguments: str):
@@ -36,7 +45,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
 
 def test_all_sites_of_a_policy_train_as_it_acts(tmp_path: Path) -> None:
     found = train_on_policy(
-        ModelSource("smolvla-tabletop"), "goal", SITES, "hooked", LITTLE, tmp_path, 0, {"rate": 3e-3}, Options(6), False
+        ModelSource("smolvla-tabletop"), "goal", SITES, "hooked", LITTLE, tmp_path, 0, {"rate": 3e-3}, Options(4), False
     )
     assert [sae.config.site for sae, _ in found] == [f"expert.blocks.{i}.hook_resid_post" for i in range(2)]
     for sae, evaluation in found:

@@ -148,7 +148,7 @@ def test_the_command_says_mistakes_in_one_line(tmp_path):
         )  # fmt: skip
 
     for arguments, said in (
-        ((), "say either which --feature"), (("--feature", "99"), "no feature 99: the SAE has 0..59"),
+        ((), "say either which --feature"), (("--feature", "99"), "has no feature 99: its features are 0..59"),
         (("--feature", "1", "--rhos", "a"), "could not convert"), (("--index", str(tmp_path)), "not an index"),
     ):  # fmt: skip
         done = call(*arguments)

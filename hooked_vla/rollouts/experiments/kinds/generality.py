@@ -2,9 +2,9 @@
 
 The policy plans at every environment step, so that a frame is a step as in a data set; what a site holds then, the mean
 over its tokens (at the last denoise step), is a row. Every episode gives as many frames, evenly spaced over its time,
-so that neither its length nor where it was cut tells tasks apart. Draw i orders the tasks by chance; its autoencoders take
-the first one, the first few, and all of them, the same number of episodes each, and start from the same seed. Each is
-judged twice: on its own episodes, as published, and on held-out episodes of all tasks, which are the same for all.
+so that neither its length nor where it was cut tells tasks apart. Draw i orders the tasks by chance; its autoencoders
+take the first one, the first few, and all of them, the same number of episodes each, and start from the same seed. Each
+is judged twice: on its own episodes, as published, and on held-out episodes of all tasks, which are the same for all.
 """
 
 from collections.abc import Mapping, Sequence
