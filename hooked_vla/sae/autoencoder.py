@@ -214,8 +214,8 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def direction(self, feature: int) -> Float[Tensor, " d"]:
-        """What a feature adds to a token of its site where it is 1, in the model's units; for token_norm, to a token of
-        length 1.
+        """What a feature adds to a token of its site where it is 1, in the model's units; for token_norm, to a token at
+        distance 1 from its centre.
 
         Raises ValueError for a number that is none of a feature, and for transcoders, which add to another site.
         """
