@@ -19,7 +19,7 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[analysis,dev,sae]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[analysis,atlas,dev,docs,sae]"
 	@# it pins numpy<2 and works with numpy 2
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps openpi-client==0.1.2
 	touch $@
@@ -70,8 +70,11 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# Generated pages, tutorials executed, and the site in site/; the variable turns off a message of the theme's makers.
 docs: install
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/notebooks.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(SIMS) $(LIBERO) $(TRITONS) build outputs *.egg-info
+	rm -rf $(VENV) $(SIMS) $(LIBERO) $(TRITONS) build outputs site *.egg-info

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hooked_vla import registry
+from hooked_vla.atlas.cli import atlas
 from hooked_vla.describe import hook_table, hooks_markdown, n_parameters, pathways
 from hooked_vla.rollouts.cli import rollouts
 from hooked_vla.rollouts.experiments.cli import experiment
@@ -25,6 +26,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Interpretability for vision-language-action models."
 )
 
+app.command()(atlas)
 app.command()(rollouts)
 app.command()(export)
 app.command()(serve)

@@ -42,7 +42,7 @@ class Html:
         write_file(Path(path), _PAGE.format(title=html.escape(title), body=self.markup).encode())
 
 
-def h(tag: str, *children: "Html | str | float | None", **attributes: str | float | None) -> Html:
+def h(tag: str, *children: "Html | str | float | int | None", **attributes: str | float | int | None) -> Html:
     """An element. children: text is escaped, None left out. attributes: class_ is class, stroke_width stroke-width."""
     named = [(name.rstrip("_").replace("_", "-"), value) for name, value in attributes.items() if value is not None]
     given = "".join(f' {name}="{html.escape(str(value), quote=True)}"' for name, value in named)
@@ -51,7 +51,7 @@ def h(tag: str, *children: "Html | str | float | None", **attributes: str | floa
     return Html(f"<{tag}{given}>{inside}</{tag}>")
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence["Html | str | float"]], caption: str) -> Html:
+def table(header: Sequence[str], rows: Sequence[Sequence["Html | str | float | int"]], caption: str) -> Html:
     """A table; numbers are shown with three digits and stand to the right."""
     style = "padding:2px 8px;text-align:"
     lines = []
@@ -65,7 +65,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence["Html | str | float"]],
     return h("table", top, *body, style="border-collapse:collapse;font-size:13px;margin:0 24px 12px 0")
 
 
-def colour(share: float) -> str:
+def colour(share: float | int) -> str:
     """Viridis at a share of the largest value, "#rrggbb"; shares outside 0..1 are those of the ends."""
     place = min(max(share, 0.0), 1.0) * (len(_VIRIDIS) - 1)
     i = min(int(place), len(_VIRIDIS) - 2)
@@ -73,7 +73,7 @@ def colour(share: float) -> str:
     return "#" + "".join(f"{round(each):02x}" for each in low + (high - low) * (place - i))
 
 
-def bars(counts: Sequence[float], labels: Sequence[str], name: str, width: int = 360, height: int = 80) -> Html:
+def bars(counts: Sequence[float | int], labels: Sequence[str], name: str, width: int = 360, height: int = 80) -> Html:
     """Bars whose heights are logarithms of 1 + count. labels: shown when pointed at; name: what it is a drawing of."""
     top = max(float(np.log1p(max(counts, default=0.0))), 1e-9)
     step = width / max(len(counts), 1)
@@ -86,7 +86,7 @@ def bars(counts: Sequence[float], labels: Sequence[str], name: str, width: int =
     return _svg(width, height, name, *drawn, line)
 
 
-def cells(values: Float[np.ndarray, "row column"], top: float, labels: Sequence[Sequence[str]], name: str,
+def cells(values: Float[np.ndarray, "row column"], top: float | int, labels: Sequence[Sequence[str]], name: str,
           size: int = 12) -> Html:  # fmt: skip
     """Numbers as coloured squares. top: what is shown brightest; labels: of every cell, shown when pointed at."""
     rows, columns = values.shape
@@ -98,7 +98,7 @@ def cells(values: Float[np.ndarray, "row column"], top: float, labels: Sequence[
     return _svg(columns * size, rows * size, name, *drawn)
 
 
-def _svg(width: float, height: float, name: str, *children: Html) -> Html:
+def _svg(width: float | int, height: float | int, name: str, *children: Html) -> Html:
     style = "max-width:100%;height:auto;vertical-align:top"
     return h("svg", *children, viewBox=f"0 0 {width:g} {height:g}", width=width, height=height, role="img",
              aria_label=name, style=style)  # fmt: skip

@@ -6,13 +6,13 @@ begin early first, and every batch is gone on with from its first patch (patchin
 
 >>> result = activation_patching(model, clean, corrupted, RESIDUALS, noise=noise)
 >>> result.table.nlargest(5, "effect")[["site", "segment", "effect"]]
->>> result.heatmap().savefig("patching.png")
+>>> result.heatmap()                                     # in a notebook; result.figure().savefig("patching.png")
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from hooked_vla.analysis.metrics import recovery
 from hooked_vla.analysis.patching_cells import RESIDUALS, Cell, Direction, Metric, Runs, plan_cells
-from hooked_vla.analysis.patching_figures import heatmap
+from hooked_vla.analysis.patching_figures import draw, heatmap
 from hooked_vla.analysis.patching_resume import Noise, Tape
 from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.hooks.model import HookedModel
@@ -30,6 +30,9 @@ from hooked_vla.hooks.names import NamesFilter
 with needs_analysis_extra():
     import pandas as pd
     from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure as PlotlyFigure
 
 Each = TypeVar("Each")
 
@@ -51,12 +54,17 @@ class PatchingResult:
     base: Float[Tensor, " pair"]
     donor: Float[Tensor, " pair"]
 
-    def heatmap(self, columns: str = "segment", value: str = "effect", title: str = "") -> Figure:
-        """Sites × segments (or another column), averaged over pairs and whatever else differs.
+    def heatmap(self, columns: str = "segment", value: str = "effect", title: str = "") -> "PlotlyFigure":
+        """Sites × segments (or another column), averaged over pairs and whatever else differs; pointing at a cell tells
+        its numbers (plotly).
 
-        Raises ValueError for a column that the table does not have.
+        Raises ValueError for a column that the table does not have, ModuleNotFoundError without plotly.
         """
         return heatmap(self.table, columns, value, title)
+
+    def figure(self, columns: str = "segment", value: str = "effect", title: str = "") -> Figure:
+        """The same for paper (matplotlib), with the numbers in the cells. Raises ValueError as `heatmap`."""
+        return draw(self.table, columns, value, title)
 
 
 def activation_patching(

@@ -23,6 +23,9 @@ ROW_AXES = ("batch", "image", "window")
 
 
 if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+    from hooked_vla.hooks.attention_view import CircuitsVisAttention
 
     class Activation(Tensor):
         """A cached tensor: an ordinary torch.Tensor that carries three attributes."""
@@ -311,6 +314,32 @@ class ActivationCache(Mapping[str, Activation]):
         if not 0 <= last <= n_layers:
             raise ValueError(f"layer {layer}: {pathway} has blocks 0..{n_layers - 1}; None or -1 means all of them")
         return n_layers, last
+
+    def attention(self, site: str, row: int = 0, step: int | None = None) -> "Figure":
+        """A figure of one row's attention pattern at a hook_pattern, with a menu of heads, for notebooks (plotly).
+
+        step: denoise step, the last cached where None. Raises KeyError for a pattern or step that is not cached,
+        IndexError for a row that there is not, ValueError for a site that is no pattern of heads between tokens,
+        ModuleNotFoundError without plotly.
+        """
+        from hooked_vla.hooks.attention_view import attention_figure, pattern_of
+
+        at = "" if step is None else f", denoise step {step}"
+        return attention_figure(pattern_of(self, site, row, step), f"{site}, row {row}{at}")
+
+    def circuitsvis(
+        self, sites: hook_names.NamesFilter, row: int = 0, step: int | None = None, tokens: Sequence[str] | None = None
+    ) -> "CircuitsVisAttention":
+        """One row's attention patterns as CircuitsVis draws them: names of tokens, and [layer head query key].
+
+        sites: patterns between the same tokens, "vlm.blocks.*.attn.hook_pattern". step: as for `attention`. tokens:
+        names to show instead of "language 0", .... Raises as `attention`, and ValueError for layers that differ in
+        tokens or heads, and another number of names than there are tokens.
+        """
+        from hooked_vla.hooks.attention_view import circuitsvis
+
+        known = [name for name in self._in_order() if hook_names.leaf(name) == "hook_pattern"]
+        return circuitsvis(self, hook_names.resolve(sites, known), row, step, tokens)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, one tensor at a time; the file appears under its name when complete."""

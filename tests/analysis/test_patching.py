@@ -198,10 +198,11 @@ def test_errors_name_what_is_wrong(tiny_model: HookedVLA) -> None:
         sweep(segments=["language"]).heatmap(columns="head")
 
 
-def test_the_heatmap_shows_every_site_and_segment(tiny_model: HookedVLA) -> None:
+def test_figures_show_every_site_and_segment(tiny_model: HookedVLA) -> None:
     clean, corrupted = observations()
     sites = ["vlm.blocks.2.hook_resid_pre", "vlm.blocks.3.hook_resid_post"]
-    figure = activation_patching(tiny_model, clean, corrupted, sites, noise=NOISE).heatmap(title="a title")
+    result = activation_patching(tiny_model, clean, corrupted, sites, noise=NOISE)
+    figure = result.figure(title="a title")
     axes = figure.axes[0]
     assert [each.get_text() for each in axes.get_yticklabels()] == ["vlm 2 resid_pre", "vlm 3 resid_post"]
     assert [each.get_text() for each in axes.get_xticklabels()] == [
@@ -209,3 +210,14 @@ def test_the_heatmap_shows_every_site_and_segment(tiny_model: HookedVLA) -> None
     ]  # fmt: skip
     assert "a title" in axes.get_title() and "dead end" in axes.get_title()
     assert sum("∅" in each.get_text() for each in axes.texts) == 5
+    shown = result.heatmap(title="<b>a title")
+    (heat,) = shown.data
+    assert list(shown.layout.yaxis.ticktext) == ["vlm 2 resid_pre", "vlm 3 resid_post"]
+    assert list(shown.layout.xaxis.ticktext) == [each.get_text() for each in axes.get_xticklabels()]
+    means = result.table.groupby(["site", "segment"])["effect"].mean()
+    for i, site in enumerate(sites):
+        for j, segment in enumerate(shown.layout.xaxis.ticktext):
+            assert heat.z[i, j] == pytest.approx(means[site, segment]) and site in heat.text[i][j]
+    # plotly's texts are HTML
+    assert shown.layout.title.text == "&lt;b&gt;a title" and "dead end" in heat.text[1][0]
+    assert sum(each.text == "∅" for each in shown.layout.annotations) == 5

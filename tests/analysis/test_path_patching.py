@@ -102,7 +102,7 @@ def test_edges_go_across_pathways_and_denoise_steps(tiny_model: HookedVLA) -> No
     assert abs(by["expert 2", "state"]) > 1e-5
     # the vlm's own block reads the same keys and values, and hands them to the expert
     assert by["vlm 2", "state"] != pytest.approx(by["expert 2", "state"], abs=1e-7)
-    assert [each.get_text() for each in result.heatmap("receiver").axes[0].get_xticklabels()] == list(groups)
+    assert [each.get_text() for each in result.figure("receiver").axes[0].get_xticklabels()] == list(groups)
 
 
 def test_receivers_are_checked(tiny_model: HookedVLA) -> None:
