@@ -36,7 +36,7 @@ def umap(arguments: Mapping[str, Any], emit: Emit, cancelled: Cancelled) -> dict
 def umap_of(rows: Float32[np.ndarray, "feature component"]) -> Float32[np.ndarray, "feature 2"]:
     """The map of some rows, by the cosine between them. Raises ModuleNotFoundError without umap-learn."""
     with needs_packages(("umap",), "this map needs: pip install umap-learn"):
-        import umap
+        import umap  # pyright: ignore[reportMissingImports]
     # a row of zeros has no direction: it lies apart, at random but the same every time
     rows = np.where(np.abs(rows).sum(1, keepdims=True) > 0, rows, np.random.default_rng(0).normal(size=rows.shape))
     # one thread, as a fixed seed asks for anyway

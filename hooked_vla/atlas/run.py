@@ -143,14 +143,14 @@ class Run:
             if callable(close := getattr(each, "close", None)):
                 close()
 
-    def _connect(self) -> "duckdb.DuckDBPyConnection":
+    def _connect(self) -> "_Base":
         closed = ("autoinstall_known_extensions", "autoload_known_extensions", "python_enable_replacements")
         base = duckdb.connect(config={**dict.fromkeys(closed, False), "memory_limit": "1GB", "threads": 2})
         folders = [f"{self.root}/", f"{self.cache}/"]
         base.execute("SET allowed_directories = ?", [folders])
         base.execute("SET enable_external_access = false")
         base.execute("SET lock_configuration = true")
-        return base
+        return _Base(base)
 
     def _search(self, folder: Path, depth: int, looked_at: Iterator[int]) -> None:
         if next(looked_at) > MAX_FOLDERS:
@@ -199,6 +199,21 @@ class Run:
         if len(key) > 120 or key in taken:
             key = f"{key[:100]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}"
         return key
+
+
+class _Base:
+    """The connection that cursors are of; it refuses a second call while one is under way, so they take turns."""
+
+    def __init__(self, connection: "duckdb.DuckDBPyConnection") -> None:
+        self._connection, self._turn = connection, threading.Lock()
+
+    def cursor(self) -> "duckdb.DuckDBPyConnection":
+        with self._turn:
+            return self._connection.cursor()
+
+    def close(self) -> None:
+        with self._turn:
+            self._connection.close()
 
 
 def _kind(folder: Path, about: Mapping[str, Any]) -> str | None:

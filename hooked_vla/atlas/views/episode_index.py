@@ -239,8 +239,7 @@ def _known(files: Iterable[Path], numbers: Sequence[int]) -> pa.Table:
     for file in sorted(files, key=lambda each: each.stat().st_size, reverse=True):
         with suppress(OSError, ValueError, KeyError, pa.ArrowException):
             table = pq.read_table(file).cast(_SCHEMA)
-            wanted = pc.is_in(table["episode"], pa.array(numbers, pa.int64()))
-            return table.filter(pc.and_(wanted, pc.is_null(table["damage"])))
+            return table.filter(pc.field("episode").isin(list(numbers)) & pc.field("damage").is_null())
     return _SCHEMA.empty_table()
 
 
