@@ -147,7 +147,7 @@
     const model = await atlas.get(`models/${key}`);
     const path = `models/${key}/results`;
     const results = model.source === "run" && atlas.has(path) ? await atlas.get(path) : [];
-    el.append(h("p", {}, h("b", {}, model.name), `, family ${model.family}: ${model.description}. `,
+    el.append(h("p", {}, h("b", {}, model.name), `, of the family ${model.family} (as published: ${model.description}). `,
       `${millions(model.parameters)} parameters; cameras ${model.cameras.join(", ") || "none"}; state ${model.d_state}, `,
       `action ${model.d_action}; ${model.denoise_steps} step${model.denoise_steps === 1 ? "" : "s"} a chunk.`));
     el.append(drawing(model, results, parts[1]));
