@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_observation
 from matplotlib.image import imread
+from recorded import make_observation
 
 from hooked_vla import HookedVLA, demo
 from hooked_vla.demo_goals import run_goals

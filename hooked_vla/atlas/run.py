@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hooked_vla.extras import needs_packages
+from hooked_vla.rollouts.sae.feature_index import close_connection
 
 with needs_packages(("duckdb",), "the Atlas needs: pip install 'hooked-vla[atlas]'"):
     import duckdb
@@ -213,7 +214,7 @@ class _Base:
 
     def close(self) -> None:
         with self._turn:
-            self._connection.close()
+            close_connection(self._connection)
 
 
 def _kind(folder: Path, about: Mapping[str, Any]) -> str | None:

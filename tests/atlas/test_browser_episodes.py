@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, expect
+from waiting import until
 
 from hooked_vla.atlas.run import Run
 
@@ -28,11 +29,11 @@ def test_from_the_list_to_an_edited_episode_beside_its_baseline(served: str, ope
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
     expect(page.locator(".ep-where")).to_contain_text("step 2 of")
-    page.wait_for_function("[...document.querySelectorAll('video')].every(v => Math.floor(v.currentTime * 20) === 2)")
-    page.wait_for_function("location.hash.includes('step=2')")
+    until(page, "[...document.querySelectorAll('video')].every(v => Math.floor(v.currentTime * 20) === 2)")
+    until(page, "location.hash.includes('step=2')")
     page.get_by_label("Step", exact=True).fill("5")
     expect(page.locator(".ep-where")).to_contain_text("step 5 of")
-    page.wait_for_function("[...document.querySelectorAll('video')].every(v => Math.floor(v.currentTime * 20) === 5)")
+    until(page, "[...document.querySelectorAll('video')].every(v => Math.floor(v.currentTime * 20) === 5)")
     page.keyboard.press("End")
     expect(page.locator(".ep-where")).to_contain_text("the end")
     page.get_by_label("Camera").select_option("wrist")
@@ -94,7 +95,7 @@ def test_what_names_say_stays_text(
     found = Run.open(tmp_path / "run", cache=tmp_path / "cache")
     with serve_run(found) as address:
         page = open_page(address, "#/episodes", expected=("404",))
-        expect(page.get_by_label("Task")).to_contain_text(evil)
+        expect(page.get_by_label("Task", exact=True)).to_contain_text(evil)
         page.goto(f"{address}#/episodes/run/0")
         expect(page.get_by_text("This cannot be shown")).to_be_visible()
         assert page.title() == "Episodes · Atlas"

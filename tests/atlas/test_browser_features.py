@@ -2,10 +2,10 @@
 
 import re
 import shutil
-import time
 
 import pytest
 from feature_runs import HOSTILE, N_FEATURES, STEERED, describe_all, feature_run
+from waiting import until
 
 from hooked_vla.atlas import export
 from hooked_vla.atlas.run import Run
@@ -39,14 +39,6 @@ def copy(hostile, tmp_path_factory):
         patched.setattr(export, "all_routes", lambda live: [*features.ROUTES, *feature_pictures.ROUTES])
         export.export_run(hostile, folder)
     return (folder / "index.html").as_uri()
-
-
-def until(page, expression: str, seconds: float = 30) -> None:
-    """Wait for a JavaScript expression to hold; the page forbids what Playwright's own waiting evaluates."""
-    end = time.monotonic() + seconds
-    while not page.evaluate(expression):
-        assert time.monotonic() < end, f"not within {seconds} s: {expression}"
-        page.wait_for_timeout(50)
 
 
 def drawn_dots(page, n: int = 2) -> None:

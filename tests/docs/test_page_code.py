@@ -10,8 +10,8 @@ from typing import Any
 import jaxtyping
 import pytest
 import torch
-from conftest import make_observation
 from pages import PAGES, ROOT, python_blocks, run
+from recorded import make_observation
 
 from hooked_vla import HookedVLA, Observation, registry
 

@@ -3,7 +3,7 @@
 import warnings
 
 import torch
-from conftest import make_observation
+from recorded import make_observation
 from test_edits import make_sae
 from torch import Tensor
 

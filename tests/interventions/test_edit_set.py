@@ -5,8 +5,8 @@ import warnings
 import jaxtyping
 import pytest
 import torch
-from conftest import make_observation
 from edited_model import BANK, BASIS, EXPERT, SAE, SITE, SOURCE, TOPK, D, V, randn, segment, value
+from recorded import make_observation
 from test_edits import make_sae
 from tolerance import assert_close
 from torch import Tensor

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import slow_openvla as slow
 import torch
-from conftest import GOLDEN, Golden, read_golden
+from recorded import GOLDEN, Golden, read_golden
 from tolerance import assert_close
 from torch import Tensor
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import Golden, make_observation
+from recorded import Golden, make_observation
 from tolerance import ATOL, assert_close
 from torch import Tensor
 

@@ -8,7 +8,7 @@ from functools import cache
 import jaxtyping
 import pytest
 import torch
-from conftest import make_observation
+from recorded import make_observation
 from tolerance import assert_close
 from torch import Tensor
 

@@ -3,8 +3,9 @@
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,22 @@ _LABELS = "frames.* EXCLUDE (episode, env_step, first_row, last_row)"
 # of the histograms of features' values
 N_BINS = 40
 NEIGHBOURS = ("decoder", "coactive")
+
+
+def close_connection(connection: "duckdb.DuckDBPyConnection", seconds: float = 5.0) -> None:
+    """Close a connection and its cursors, ending the queries that run on them; after so long it is left as it is."""
+    ends = time.monotonic() + seconds
+    while True:
+        try:
+            connection.close()
+            return
+        except duckdb.Error:
+            # a cursor of it is busy in another thread
+            if time.monotonic() > ends:
+                return
+            with suppress(duckdb.Error):
+                connection.interrupt()
+            time.sleep(0.02)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +139,7 @@ class FeatureIndex:
         """Let go of the connection; the next query makes another."""
         with self._lock:
             if self._duck is not None:
-                self._duck.close()
+                close_connection(self._duck)
                 self._duck = None
                 shutil.rmtree(self._spill, ignore_errors=True)
 

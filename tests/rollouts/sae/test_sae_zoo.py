@@ -9,11 +9,12 @@ import torch
 from safetensors import safe_open
 
 from hooked_vla import HookedVLA
+from hooked_vla.rollouts.sae.collect import collect
 from hooked_vla.rollouts.sae.training import QUICK
 from hooked_vla.rollouts.sae.zoo import DTYPE, SITES, train_zoo
-from hooked_vla.rollouts.settings import native_image_size
-from hooked_vla.rollouts.suites import get_suite, observation
+from hooked_vla.rollouts.suites import get_suite
 from hooked_vla.sae.autoencoder import SparseAutoencoder
+from hooked_vla.sae.evaluate import evaluate
 from hooked_vla.sae.files import SHIPPED, WEIGHTS, shipped_saes
 from hooked_vla.weights import shipped_policies
 
@@ -50,17 +51,12 @@ def test_every_shipped_policy_that_has_the_sites_comes_with_them() -> None:
 
 
 @pytest.mark.parametrize("name", shipped_saes())
-def test_a_shipped_one_reconstructs_what_its_policy_thinks(name: str) -> None:
+def test_a_shipped_one_reconstructs_what_its_policy_thinks(name: str, tmp_path: Path) -> None:
     policy, site = name.split("/")
-    sae = SparseAutoencoder.from_pretrained(name)
-    evaluation = json.loads((SHIPPED / name / "evaluation.json").read_text())
-    assert evaluation["explained_variance"] > 0.8
-    model = HookedVLA.from_pretrained(policy)
-    suite = get_suite("goal")
-    env = suite.make(suite.tasks[0].id, suite.cameras, native_image_size(model.spec))
-    frame, _ = env.reset(seed=700_000)
-    env.close()
-    _, cache = model.run_with_cache(observation(frame), names_filter=site)
-    rows = cache[site].flatten(0, -2)
-    missed = (sae(rows) - rows).square().sum() / (rows - rows.mean(0)).square().sum()
-    assert float(missed) < 0.4 and bool(torch.isfinite(missed))
+    told = json.loads((SHIPPED / name / "evaluation.json").read_text())
+    task = get_suite("goal").tasks[0].id
+    store = collect(policy, "goal", site, 1, 700_000, tmp_path / "store", [task])
+    found = evaluate(SparseAutoencoder.from_pretrained(name), store.read(site, torch.arange(store.n_rows(site))))
+    assert told["explained_variance"] > 0.9
+    # one episode of one task varies less than many of all
+    assert found.explained_variance > told["explained_variance"] - 0.15

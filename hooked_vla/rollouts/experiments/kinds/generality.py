@@ -338,7 +338,7 @@ def _notes(context: Context, settings: Settings, each: pd.DataFrame) -> list[str
         f"every step, {settings.frames} of each episode; features as many as channels, of which one in "
         f"{settings.width_over_k} is active. Intervals are "
         "over draws of tasks.",
-        "probability is the mean of P(general), which still differs where nearly all features are on one side of 1/2.",
+        "probability is the mean of P(general), which still differs where nearly all are beyond one half.",
         "The null shuffles steps over all episodes: frequency and size of a feature stay, when it comes does not.",
     ]
     if followed:
