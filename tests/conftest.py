@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from recorded import Golden, make_observation, read_golden
+from public_checkpoints import Golden, make_observation, read_golden
 from torch import Tensor
 
 from hooked_vla import HookedVLA, Observation

@@ -1,7 +1,7 @@
 """The command line as a user meets it."""
 
 import pytest
-from recorded import GOLDEN
+from public_checkpoints import GOLDEN
 from typer.testing import CliRunner
 
 from hooked_vla import list_models

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
-from recorded import make_observation
+from public_checkpoints import make_observation
 
 from hooked_vla import HookedVLA, demo
 from hooked_vla.demo_goals import run_goals

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from recorded import Golden, make_observation
+from public_checkpoints import Golden, make_observation
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models

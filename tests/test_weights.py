@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recorded import GOLDEN, Golden
+from public_checkpoints import GOLDEN, Golden
 from safetensors.torch import load_file, save_file
 
 from hooked_vla import HookedVLA, list_models, registry

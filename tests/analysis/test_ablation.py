@@ -3,7 +3,7 @@
 import jaxtyping
 import pytest
 import torch
-from recorded import make_observation, read_golden
+from public_checkpoints import make_observation, read_golden
 from tolerance import assert_close
 from torch import Tensor
 

@@ -6,7 +6,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from recorded import make_observation
+from public_checkpoints import make_observation
 from tolerance import assert_close
 from torch import Tensor
 

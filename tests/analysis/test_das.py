@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from recorded import make_observation
+from public_checkpoints import make_observation
 from torch import Tensor, nn
 
 from hooked_vla import HookedVLA

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 import torch
-from recorded import make_observation
+from public_checkpoints import make_observation
 
 from hooked_vla.analysis.neurons import Neurons, activation_scales, contrast_neurons
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from recorded import make_observation
+from public_checkpoints import make_observation
 from tolerance import assert_close
 
 from hooked_vla import HookedVLA

@@ -11,7 +11,7 @@ import jaxtyping
 import pytest
 import torch
 from pages import PAGES, ROOT, python_blocks, run
-from recorded import make_observation
+from public_checkpoints import make_observation
 
 from hooked_vla import HookedVLA, Observation, registry
 

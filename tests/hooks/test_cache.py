@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from recorded import make_observation
+from public_checkpoints import make_observation
 from safetensors.torch import save_file
 from torch import Tensor
 

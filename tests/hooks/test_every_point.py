@@ -5,7 +5,7 @@ import fnmatch
 import jaxtyping
 import pytest
 import torch
-from recorded import read_golden
+from public_checkpoints import read_golden
 from tolerance import assert_close
 
 from hooked_vla import HookedVLA, list_models

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from recorded import make_observation
+from public_checkpoints import make_observation
 from torch import Tensor
 
 from hooked_vla import HookedVLA, Observation

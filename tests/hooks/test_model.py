@@ -4,7 +4,7 @@ import traceback
 
 import pytest
 import torch
-from recorded import make_observation
+from public_checkpoints import make_observation
 from torch import Tensor
 
 from hooked_vla import HookedVLA, Observation

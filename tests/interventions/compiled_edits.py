@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from recorded import make_observation
+from public_checkpoints import make_observation
 from tolerance import assert_close
 from torch._inductor import metrics
 

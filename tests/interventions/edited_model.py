@@ -3,7 +3,7 @@
 import warnings
 
 import torch
-from recorded import make_observation
+from public_checkpoints import make_observation
 from test_edits import make_sae
 from torch import Tensor
 

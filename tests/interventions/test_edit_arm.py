@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from recorded import make_observation
+from public_checkpoints import make_observation
 
 from hooked_vla import HookedVLA
 from hooked_vla.interventions import Add, EditArm, Patch, Scale

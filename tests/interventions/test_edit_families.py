@@ -5,7 +5,7 @@ import warnings
 import jaxtyping
 import pytest
 import torch
-from recorded import read_golden
+from public_checkpoints import read_golden
 from torch import Tensor
 
 from hooked_vla import HookedVLA, list_models

@@ -6,7 +6,7 @@ import jaxtyping
 import pytest
 import torch
 from edited_model import BANK, BASIS, EXPERT, SAE, SITE, SOURCE, TOPK, D, V, randn, segment, value
-from recorded import make_observation
+from public_checkpoints import make_observation
 from test_edits import make_sae
 from tolerance import assert_close
 from torch import Tensor

@@ -8,7 +8,7 @@ from typing import Any
 import jaxtyping
 import pytest
 import torch
-from recorded import make_observation, read_golden
+from public_checkpoints import make_observation, read_golden
 from torch import Tensor
 
 from hooked_vla import HookedVLA, list_models

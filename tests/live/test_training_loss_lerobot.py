@@ -15,7 +15,7 @@ from unittest import mock
 import lerobot_compat as lerobot
 import pytest
 import torch
-from recorded import Golden, read_golden
+from public_checkpoints import Golden, read_golden
 from safetensors.torch import load_file, load_model
 from tolerance import ATOL, RTOL, assert_close
 from torch import Tensor

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from public_checkpoints import Golden, make_observation, read_golden
 from recipe import read_keys, write_checkpoint
-from recorded import Golden, make_observation, read_golden
 from safetensors.torch import load_file, save_file
 from tolerance import assert_close
 from torch import Tensor

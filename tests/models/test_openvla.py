@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import slow_openvla as slow
 import torch
-from recorded import GOLDEN, Golden, read_golden
+from public_checkpoints import GOLDEN, Golden, read_golden
 from tolerance import assert_close
 from torch import Tensor
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recorded import GOLDEN, Golden, make_observation, read_golden
+from public_checkpoints import GOLDEN, Golden, make_observation, read_golden
 from safetensors.torch import load_file, save_file
 from tolerance import assert_close
 from torch import Tensor

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from recorded import Golden, make_observation
+from public_checkpoints import Golden, make_observation
 from tolerance import ATOL, assert_close
 from torch import Tensor
 

@@ -8,7 +8,7 @@ from functools import cache
 import jaxtyping
 import pytest
 import torch
-from recorded import make_observation
+from public_checkpoints import make_observation
 from tolerance import assert_close
 from torch import Tensor
 

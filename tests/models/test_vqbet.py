@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from public_checkpoints import Golden, make_observation, read_golden
 from recipe import read_keys
-from recorded import Golden, make_observation, read_golden
 from safetensors.torch import load_file, save_file
 from tolerance import assert_close
 from torch import Tensor

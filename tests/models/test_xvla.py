@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recorded import GOLDEN, Golden, read_golden
+from public_checkpoints import GOLDEN, Golden, read_golden
 from safetensors.torch import load_file, save_file
 from tolerance import ATOL, assert_close
 from torch import Tensor
