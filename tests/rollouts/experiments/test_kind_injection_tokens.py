@@ -38,7 +38,7 @@ def test_language_and_images_together_bring_the_goal_where_language_alone_does_n
     for place in ("vlm, every layer", "prefix keys and values, every layer"):
         both, alone = (rows[f"{tokens}: {place}"] for tokens in ("language+image:*", "language"))
         assert both["first_restored"] > 0.95 > alone["first_restored"] + 0.2, place
-        assert alone["first_low"] <= alone["first_cosine"] <= alone["first_high"]
+        assert alone["first_cosine_low"] <= alone["first_cosine"] <= alone["first_cosine_high"]
 
 
 def test_a_cut_run_is_not_judged(done) -> None:

@@ -229,13 +229,13 @@ class Scored:
 
     def shares(self, arm: str, seed: int) -> dict[str, float]:
         """What an arm restores of success (restored) and of the first chunk (first_restored), with intervals by task,
-        as columns; first_low, first_high: of the first chunk's cosine."""
+        as columns, and of the first chunk's cosine (first_cosine_low, first_cosine_high)."""
         found = {}
         for name, each in (("restored", self.success), ("first_restored", self.first)):
             values = share_restored(each[arm], each[NULL], each[BASELINE.name], seed)
             found |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
         _, low, high = mean_score(self.first[arm], seed)
-        return {**found, "first_low": low, "first_high": high}
+        return {**found, "first_cosine_low": low, "first_cosine_high": high}
 
 
 def restored(
@@ -349,7 +349,7 @@ def _figures(table: pd.DataFrame) -> dict[str, Any]:
                floor_label="nothing injected")
         for value, low, high, title, name in (
             ("success", "success_low", "success_high", "Fusion depth", "success"),
-            ("first_cosine", "first_low", "first_high", "First chunk", "action cosine with the instructed run"),
+            ("first_cosine", "first_cosine_low", "first_cosine_high", "First chunk", "action cosine with the instructed run"),
         )
     )  # fmt: skip
     return {
