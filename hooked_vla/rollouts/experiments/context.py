@@ -17,7 +17,7 @@ from hooked_vla.rollouts.cells import spread_scenes
 from hooked_vla.rollouts.executor import Executor, LocalExecutor
 from hooked_vla.rollouts.experiments.definition import Definition, Rule
 from hooked_vla.rollouts.jobs import ModelSource
-from hooked_vla.rollouts.manifest import describe_model, describe_versions
+from hooked_vla.rollouts.manifest import describe_model, describe_versions, differences
 from hooked_vla.rollouts.runner import Watcher
 from hooked_vla.rollouts.settings import Options, native_image_size
 from hooked_vla.rollouts.suites import Suite, get_suite, observation
@@ -31,6 +31,7 @@ EXPERIMENT = "experiment.json"
 # starts that no shipped policy was trained on
 SEED = 700_000
 _FORMAT = "hooked-vla experiment 1"
+_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Context:
 
         Raises ValueError where another run, or something else, is there, naming what differs.
         """
-        about = json.loads(json.dumps(self.describe()))
+        about = self.describe()
         path = self.out / EXPERIMENT
         if not path.is_file():
             others = [each.name for each in self.out.iterdir()] if self.out.is_dir() else []
@@ -94,9 +95,8 @@ class Context:
             there = json.loads(path.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is damaged: {error}; choose another folder") from error
-        differs = sorted(key for key in {*about, *there} if about.get(key) != there.get(key))
-        if differs:
-            said = "; ".join(f"{key}: {there.get(key)!r} there, {about.get(key)!r} now"[:300] for key in differs)
+        if found := differences(there, about):
+            said = "; ".join(description for _, description in found[:_SHOWN])
             raise ValueError(f"{self.out} holds another run: {said}. Go on with its settings, or choose another folder")
 
     def describe(self) -> dict[str, Any]:

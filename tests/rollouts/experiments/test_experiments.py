@@ -136,7 +136,7 @@ def test_a_run_leaves_its_results_and_goes_on_where_it_stopped(tmp_path) -> None
     run_experiment(definition, tmp_path / "a", quick=True)
     assert {name: (tmp_path / "a" / name).read_bytes() for name in files} == bytes_before
 
-    with pytest.raises(ValueError, match=r"holds another run: .*quick: True there, False now"):
+    with pytest.raises(ValueError, match=r"holds another run: .*quick: True recorded, False now"):
         run_experiment(definition, tmp_path / "a")
 
 

@@ -349,7 +349,8 @@ def _figures(table: pd.DataFrame) -> dict[str, Any]:
                floor_label="nothing injected")
         for value, low, high, title, name in (
             ("success", "success_low", "success_high", "Fusion depth", "success"),
-            ("first_cosine", "first_cosine_low", "first_cosine_high", "First chunk", "action cosine with the instructed run"),
+            ("first_cosine", "first_cosine_low", "first_cosine_high", "First chunk",
+             "action cosine with the instructed run"),
         )
     )  # fmt: skip
     return {
