@@ -24,7 +24,7 @@ from rich.table import Table
 
 from hooked_vla.atlas.app import Server, create_app
 from hooked_vla.atlas.run import Run
-from hooked_vla.atlas.serve import warm
+from hooked_vla.atlas.serve import warm_models
 from hooked_vla.rollouts.records import MANIFEST, read_episodes, read_steps
 from hooked_vla.rollouts.sweep import run_rollouts
 
@@ -149,7 +149,7 @@ def main() -> None:
         opened(folder, cache / "first")[0].close()
         open_ms, open_wall_ms, (run, client) = timed(lambda: opened(folder, cache))
         # as the server does in the background, while the page is up
-        warm_ms, _, _ = timed(lambda: warm(run))
+        warm_ms, _, _ = timed(lambda: warm_models(run))
         try:
             index_s = index_made(client)
             rows = measure_views(client, episodes, options.rounds)

@@ -109,7 +109,7 @@ def info(checkpoint: Annotated[str, typer.Argument(help="a checkpoint's folder o
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="where figures and numbers go")] = Path("outputs/demo"),
+    out: Annotated[Path, typer.Option(help="where figures, numbers and episodes go")] = Path("outputs/demo"),
     seed: Annotated[int, typer.Option(help="seed of scenes, weights and noise")] = 0,
 ) -> None:
     """Run a hooked policy in a simulator: cache it, patch it, draw the effect."""

@@ -7,10 +7,15 @@ whatever differs between two action chunks was put there. Needs the `sim` extra.
 import json
 import os
 import platform
+import shlex
+import shutil
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +42,10 @@ EPISODES = 24
 SEED = 810_000
 ALL = "all"
 N_RANDOM = 3
+# folder of the episodes' record, beside the pictures
+RECORD = "goals"
+# of the extra `atlas`, beyond those of the demonstration
+ATLAS_PACKAGES = ("duckdb", "fastapi", "plotly", "uvicorn")
 PACKAGES = ("hooked-vla", "torch", "numpy", "mujoco", "gymnasium", "matplotlib")
 
 
@@ -126,10 +135,12 @@ class Pair:
 
 
 def run_demo(out: Path, seed: int = 0, episodes: int = EPISODES) -> dict[str, Any]:
-    """Run the demonstration; write demo.json, its pictures and a film into `out`, and return the numbers.
+    """Run the demonstration; write demo.json, its pictures, a film and a record of the episodes into `out`, and return
+    the numbers. What an earlier demonstration left there is replaced.
 
     seed: of the scene that is looked into; episodes: of the goal suite, to say how well the policy acts.
-    Raises ModuleNotFoundError naming the `sim` extra where it is not installed.
+    Raises ModuleNotFoundError naming the `sim` extra where it is not installed, FileExistsError for an `out` whose
+    folder RECORD holds something else.
     """
     with needs_sim_extra():
         from hooked_vla import demo_figures as show
@@ -138,6 +149,7 @@ def run_demo(out: Path, seed: int = 0, episodes: int = EPISODES) -> dict[str, An
         from hooked_vla.rollouts.sweep import run_rollouts
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}")
+    check_replaceable(out / RECORD)
     out.mkdir(parents=True, exist_ok=True)
     console, clock, generator = Console(), Clock(), torch.Generator().manual_seed(seed)
     results: dict[str, Any] = {"notice": NOTICE}
@@ -154,7 +166,8 @@ def run_demo(out: Path, seed: int = 0, episodes: int = EPISODES) -> dict[str, An
         clock.lap("episodes")
         show.print_success(console, results["success"])
 
-        outcomes = run_goals(model, GOALS, SEED + seed, filmed=True)
+        with new_folder(out / RECORD) as record:
+            outcomes = run_goals(model, MODEL, GOALS, SEED + seed, record)
         results["goals"] = {outcome.copy.name: outcome.numbers() for outcome in outcomes}
         clock.lap("goals")
         show.print_goals(console, results["goals"])
@@ -185,7 +198,7 @@ def run_demo(out: Path, seed: int = 0, episodes: int = EPISODES) -> dict[str, An
             "attention.png": lambda path: show.draw_attention(path, results, pair.a.images, views),
             "patch_effect.png": lambda path: show.draw_effects(path, results),
             "goals.png": lambda path: show.draw_goals(path, results, pair.a.images["top"]),
-            "goals.mp4": lambda path: show.film_goals(path, outcomes),
+            "goals.mp4": lambda path: show.film_goals(path, outcomes, out / RECORD),
         }
         for name, draw in pictures.items():
             write_whole(out / name, draw)
@@ -193,7 +206,11 @@ def run_demo(out: Path, seed: int = 0, episodes: int = EPISODES) -> dict[str, An
     results["seconds"] = clock.laps | {"total": sum(clock.laps.values())}
     write_whole(out / "demo.json", lambda path: path.write_text(json.dumps(results, indent=1, allow_nan=False)))
     seconds = results["seconds"]["total"]
-    console.print(f"wrote {', '.join(pictures)} and demo.json to {out}; {seconds:.1f} s in all", markup=False)
+    console.print(
+        f"wrote {', '.join(pictures)}, demo.json and the episodes in {RECORD}/ to {out}; {seconds:.1f} s in all",
+        markup=False,
+    )
+    console.print(how_to_look(out), markup=False, highlight=False, soft_wrap=True)
     return results
 
 
@@ -311,6 +328,40 @@ class Clock:
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.laps[name], self._since = now - self._since, now
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises FileExistsError for a folder that holds anything but the record of an earlier demonstration."""
+    if not folder.exists():
+        return
+    try:
+        arms = json.loads((folder / "manifest.json").read_text())["arms"]
+    except (OSError, ValueError, KeyError, TypeError):
+        arms = ()
+    if not isinstance(arms, dict) or not {*GOALS, "A, patched at block 0"} <= set(arms):
+        raise FileExistsError(f"{folder} holds something other than a demonstration's episodes: choose another folder")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of an earlier one when the block ends without an exception."""
+    temporary = folder.with_name(f".{os.getpid()}.{folder.name}")
+    try:
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def how_to_look(out: Path) -> str:
+    """What to type to see the episodes in the browser, as this process was started."""
+    beside = Path(sys.executable).with_name("hooked-vla")
+    program = "hooked-vla" if shutil.which("hooked-vla") or not beside.exists() else os.path.relpath(beside)
+    command = f"{program} atlas {shlex.quote(str(out))}"
+    if all(find_spec(name) is not None for name in ATLAS_PACKAGES):
+        return f"see the patched robot beside the one that it was: {command}"
+    return f"to see the patched robot beside the one that it was: pip install 'hooked-vla[atlas]', then {command}"
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from hooked_vla.analysis.attention import CameraView
 from hooked_vla.analysis.attention_figures import COLOURS, around_one, draw_overlay
-from hooked_vla.demo_goals import Outcome
+from hooked_vla.demo_goals import Outcome, film_frames
 from hooked_vla.hooks import HookSite
 from hooked_vla.hooks.names import PATHWAYS, layer, leaf
 from hooked_vla.rollouts.tabletop.env import FPS
@@ -185,17 +185,19 @@ def draw_goals(path: Path, results: Mapping[str, Any], image: np.ndarray) -> Non
     _save(figure, path)
 
 
-def film_goals(path: Path, outcomes: Sequence[Outcome]) -> None:
-    """A film with three panels: A, B, and the copy patched deepest that reached B (else the first patched one)."""
+def film_goals(path: Path, outcomes: Sequence[Outcome], folder: Path) -> None:
+    """A film with three panels: A, B, and the copy patched deepest that reached B (else the first patched one).
+
+    folder: the episodes' record. Whoever is done stands still until the slowest is.
+    """
     by_name = {outcome.copy.name: outcome for outcome in outcomes}
     patched = [outcome for outcome in outcomes if outcome.copy.layer is not None]
     moved = [outcome for outcome in patched if outcome.reached == "B"]
     shown = [by_name["A"], by_name["B"], moved[-1] if moved else patched[0]]
-    frames = [
-        np.concatenate([_labelled(outcome, frame) for outcome, frame in zip(shown, each, strict=True)], axis=1)
-        for each in zip(*(outcome.frames for outcome in shown), strict=True)
-    ]
-    write_film(path, frames, fps=FPS)
+    films = [[_labelled(outcome, frame) for frame in film_frames(folder, outcome.episode)] for outcome in shown]
+    longest = max(len(film) for film in films)
+    padded = [film + [film[-1]] * (longest - len(film)) for film in films]
+    write_film(path, [np.concatenate(frames, axis=1) for frames in zip(*padded, strict=True)], fps=FPS)
 
 
 def _labelled(outcome: Outcome, frame: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Files that appear when they are complete, manifests that say what a folder holds, and one writer at a time."""
+"""Files that appear when complete, manifests that say what a folder holds, one writer at a time, the user's cache."""
 
 import fcntl
 import json
@@ -29,6 +29,18 @@ def write_file(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """`write_file` for readable JSON."""
     write_file(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def user_cache() -> Path:
+    """This package's folder in the user's cache directory; not made yet.
+
+    XDG_CACHE_HOME counts where it is absolute, as the XDG base directory specification has it.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    home = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    with suppress(OSError):
+        home = home.resolve()
+    return home / "hooked-vla"
 
 
 def read_manifest(path: Path, format: str, holds: str) -> dict[str, Any]:

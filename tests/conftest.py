@@ -1,9 +1,12 @@
 """Shared models and inputs: the recorded public checkpoint, and a small random model with raw observations."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from public_checkpoints import Golden, make_observation, read_golden
 from torch import Tensor
+from unchecked import unchecked_shapes
 
 from hooked_vla import HookedVLA, Observation
 
@@ -12,6 +15,13 @@ from hooked_vla import HookedVLA, Observation
 def _one_thread() -> None:
     # shared cores: small operations stall when they wait for a second thread
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", name="unchecked_shapes")
+def _unchecked_shapes() -> Iterator[None]:
+    """A module without runtime shape checks: other tests have them on for the same code."""
+    with unchecked_shapes():
+        yield
 
 
 @pytest.fixture(scope="session")

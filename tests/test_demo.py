@@ -10,9 +10,18 @@ import pytest
 import torch
 from matplotlib.image import imread
 from public_checkpoints import make_observation
+from starlette.testclient import TestClient
+from unchecked import unchecked_shapes
 
 from hooked_vla import HookedVLA, demo
+from hooked_vla.atlas import run as atlas_run
+from hooked_vla.atlas.app import Server, create_app
 from hooked_vla.demo_goals import run_goals
+from hooked_vla.rollouts.arms import Baseline
+from hooked_vla.rollouts.injection import Told, ToldArm
+from hooked_vla.rollouts.records import read_episodes
+from hooked_vla.rollouts.settings import Options
+from hooked_vla.rollouts.sweep import run_rollouts
 from hooked_vla.rollouts.video import read_film
 
 
@@ -41,7 +50,7 @@ def pair(tiny_model: HookedVLA) -> demo.Pair:
 
 def test_files_are_whole_and_nothing_else_is_left(run):
     pictures = ["attention.png", "goals.png", "patch_effect.png"]
-    assert sorted(path.name for path in run.out.iterdir()) == sorted([*pictures, "demo.json", "goals.mp4"])
+    assert sorted(path.name for path in run.out.iterdir()) == sorted([*pictures, "demo.json", "goals", "goals.mp4"])
     for name in pictures:
         pixels = imread(run.out / name)
         assert min(pixels.shape[:2]) > 800 and pixels.std() > 0.1
@@ -59,8 +68,72 @@ def test_told_another_goal_the_robot_goes_there(run):
 
 def test_the_film_shows_three_robots_for_as_long_as_the_slowest_took(run):
     frames = list(read_film(run.out / "goals.mp4"))
-    assert len(frames) >= max(each["env_steps"] for each in run.results["goals"].values())
+    shown = ("A", "B", "A, patched at block 0")
+    assert len(frames) == 1 + max(run.results["goals"][name]["env_steps"] for name in shown)
     assert frames[0].shape == (224, 3 * 224, 3)
+
+
+@unchecked_shapes()
+def test_the_record_is_of_rollouts_like_all_others(run):
+    """Copies A and B are what the same policy does under the same arms anywhere else, to the bit."""
+    arms = [Baseline("A"), ToldArm("B", [Told(run.results["instructions"]["B"])])]
+    folder = run.out / demo.RECORD
+    options = Options(n_envs=len(run.results["goals"]))
+    again = run_rollouts(demo.MODEL, "goal", 1, demo.SEED, ["red-orange"], arms, options=options).episodes.to_pylist()
+    recorded = read_episodes(folder).to_pylist()
+    assert [row["arm"] for row in recorded] == list(run.results["goals"])
+    for row in recorded:
+        said = run.results["goals"][row["arm"]]
+        assert (row["episode"], row["n_steps"]) == (said["episode"], said["env_steps"])
+        ending = {"A": "success", "B": "terminated", "neither": "time limit"}[said["reached"]]
+        assert row["ending"] == ending
+    assert again[0] | {"episode": 0} == recorded[0]
+    # here the goal of B ends the episode
+    assert again[1]["n_steps"] > recorded[-1]["n_steps"] and again[1]["instruction"] == recorded[-1]["instruction"]
+
+
+def test_its_folder_opens_with_the_patched_robot_beside_the_one_that_it_was(run, tmp_path):
+    """Everything that two clicks from the first page show: the list, the pair, and the film of each."""
+    opened = atlas_run.Run.open(run.out, cache=tmp_path)
+    server = Server(8765)
+    try:
+        asked = TestClient(create_app(opened, server, live=False), base_url="http://127.0.0.1:8765")
+        assert "&quot;home&quot;: &quot;episodes&quot;" in asked.get("/").text
+        (listed,) = asked.get("/api/rollouts").json()
+        assert listed["error"] is None and listed["path"] == demo.RECORD
+        patched = asked.get(f"/api/rollouts/{listed['key']}/episode/{listed['edited']}").json()
+        assert patched["arm"] == "A, patched at block 0" and "language tokens entering block 0" in patched["arm_text"]
+        (baseline,) = [each for each in patched["cell"] if each["kind"] == "baseline"]
+        assert (baseline["arm"], baseline["success"]) == ("A", True)
+        assert [each["arm"] for each in patched["cell"]] == list(run.results["goals"])
+        plain = asked.get(f"/api/rollouts/{listed['key']}/episode/{baseline['episode']}").json()
+        assert plain["steps"]["state"][0] == patched["steps"]["state"][0] and plain["seed"] == patched["seed"]
+        assert plain["steps"]["action"] != patched["steps"]["action"]
+        for each in (plain, patched):
+            film = asked.get(f"/api/rollouts/{listed['key']}/episode/{each['episode']}/film").json()
+            assert film["error"] is None and film["n_frames"] == each["n_steps"] + 1
+    finally:
+        opened.close()
+
+
+def test_the_last_line_says_how_to_look(run, monkeypatch):
+    assert run.printed.endswith(f"hooked-vla atlas {run.out}")
+    monkeypatch.setattr(demo, "find_spec", lambda name: None if name == "uvicorn" else object())
+    assert "pip install 'hooked-vla[atlas]'" in demo.how_to_look(run.out)
+
+
+def test_only_an_earlier_record_is_replaced(run, tmp_path):
+    demo.check_replaceable(run.out / demo.RECORD)
+    demo.check_replaceable(tmp_path / "nothing")
+    (tmp_path / demo.RECORD).mkdir()
+    (tmp_path / demo.RECORD / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="something other"):
+        demo.run_demo(tmp_path)
+    assert (tmp_path / demo.RECORD / "notes.txt").read_text() == "mine"
+    with pytest.raises(RuntimeError), demo.new_folder(tmp_path / demo.RECORD) as new:
+        new.mkdir()
+        raise RuntimeError
+    assert [each.name for each in tmp_path.iterdir()] == [demo.RECORD]
 
 
 def test_floors_are_exactly_zero(run):
@@ -115,9 +188,16 @@ def test_attention_shares_are_fractions_and_grids_are_square(run):
     assert all(each["share"] == pytest.approx(1, rel=1e-5) for each in run.results["attention"]["vision"].values())
 
 
-def test_acting_repeats_bit_for_bit(run):
-    again = run_goals(HookedVLA.from_pretrained(demo.MODEL), demo.GOALS, demo.SEED, filmed=False)
+@unchecked_shapes()
+def test_acting_repeats_bit_for_bit(run, tmp_path):
+    model = HookedVLA.from_pretrained(demo.MODEL)
+    again = run_goals(model, demo.MODEL, demo.GOALS, demo.SEED, tmp_path / "again")
     assert {each.copy.name: each.numbers() for each in again} == run.results["goals"]
+    recorded, repeated = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.glob("*/*/*.parquet")}
+        for folder in (run.out / demo.RECORD, tmp_path / "again")
+    )
+    assert recorded == repeated
 
 
 def test_an_edit_towards_b_is_measured_along_the_way(pair):

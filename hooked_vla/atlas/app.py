@@ -14,7 +14,7 @@ from typing import Any
 from hooked_vla.atlas.page import KINDS, assets, document
 from hooked_vla.atlas.routes import Conflict, Events, Media, NotThere, Route, plain
 from hooked_vla.atlas.run import Run
-from hooked_vla.atlas.views import all_routes
+from hooked_vla.atlas.views import all_routes, first_view
 from hooked_vla.extras import needs_packages
 
 with needs_packages(("fastapi",), "the Atlas needs: pip install 'hooked-vla[atlas]'"):
@@ -67,7 +67,7 @@ def create_app(run: Run, server: Server, live: bool = True) -> FastAPI:
     for route in all_routes(live):
         answer = _posted if route.method == "POST" else _asked
         app.add_api_route(f"/api/{route.path}", answer(run, route), methods=[route.method], include_in_schema=False)
-    about = {"live": True, "simulates": live, "token": server.token, "run": run.root.name}
+    about = {"live": True, "simulates": live, "token": server.token, "run": run.root.name, "home": first_view(run)}
     page = document(about, live)
 
     def index() -> Response:

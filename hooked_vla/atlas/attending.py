@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hooked_vla.analysis.attention import CameraView, camera_attention, camera_views
+from hooked_vla.atlas.pictures import spans
 from hooked_vla.atlas.policies import data_url, load_checked
 from hooked_vla.atlas.rebuilt_arms import rebuild
 from hooked_vla.atlas.replays import again, suite_of
@@ -116,7 +117,7 @@ class _Plan:
         """The pictures that the policy saw, and which part of them each row and column of tokens shows, in shares."""
         return [
             {"camera": view.camera, "image": data_url(self.frame["pixels"][self.settings.cameras[view.source]]),
-             "rows": _spans(view.row_of, view.grid[0]), "columns": _spans(view.column_of, view.grid[1])}
+             "rows": spans(view.row_of, view.grid[0]), "columns": spans(view.column_of, view.grid[1])}
             for view in self.views(False).values()
         ]  # fmt: skip
 
@@ -160,8 +161,8 @@ def _maps(plan: _Plan, found: ActivationCache, site: str, queries: str) -> dict[
             raise WorkError(str(error)) from error
         cameras.append({"camera": view.camera, "grid": list(view.grid), "weights": _plain(seen.weights[0]),
                         "uniform": _plain(seen.uniform[0]), "share": _plain(seen.share[0]),
-                        "rows": _spans(view.row_of, view.grid[0]),
-                        "columns": _spans(view.column_of, view.grid[1])})  # fmt: skip
+                        "rows": spans(view.row_of, view.grid[0]),
+                        "columns": spans(view.column_of, view.grid[1])})  # fmt: skip
     return {"site": site, "queries": queries or "all", "maps": cameras}
 
 
@@ -202,15 +203,6 @@ def _replayed(folder: Path, number: int) -> Episode:
         while len(_REPLAYS) > _KEPT:
             _REPLAYS.popitem(last=False)
     return found
-
-
-def _spans(of: np.ndarray, n: int) -> list[list[float] | None]:
-    """Where each of n cells begins and ends along an axis, as shares of it; None for one that shows nothing."""
-    spans: list[list[float] | None] = []
-    for cell in range(n):
-        inside = np.flatnonzero(of == cell)
-        spans.append([inside[0] / len(of), (inside[-1] + 1) / len(of)] if len(inside) else None)
-    return spans
 
 
 def _plain(values: Tensor) -> Any:

@@ -11,12 +11,15 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
 
 from hooked_vla.atlas.app import to_json
 from hooked_vla.atlas.page import assets, document
 from hooked_vla.atlas.routes import Media, Route
 from hooked_vla.atlas.run import Run
-from hooked_vla.atlas.views import all_routes
+from hooked_vla.atlas.views import all_routes, first_view
 from hooked_vla.folders import write_file, write_json
 
 MARKER = "atlas-export.json"
@@ -26,7 +29,7 @@ POLICY = (
     "default-src 'none'; script-src 'self' file:; style-src 'self' file: 'unsafe-inline'; "
     "img-src 'self' file: data: blob:; media-src 'self' file: blob:; base-uri 'none'; form-action 'none'"
 )
-_SEGMENT = re.compile(r"(?!\.+$)[A-Za-z0-9._,=+@-]{1,200}")
+_SEGMENT = re.compile(r"(?!\.+$)[A-Za-z0-9._,=+@~-]{1,200}")
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,11 @@ class Exported:
     errors: tuple[str, ...]
 
 
-def export_run(run: Run, folder: str | Path, replays: bool = True) -> Exported:
+def export_run(run: Run, folder: str | Path, replays: bool = True, progress: bool = False) -> Exported:
     """Write a copy of the page; it appears when it is complete, in place of an earlier copy.
 
     replays: with what is made by running episodes again, films and attention, at some seconds each. What a view cannot
-    tell (a damaged file) is an error in the copy too, as on the page.
+    tell (a damaged file) is an error in the copy too, as on the page. progress: count the answers on standard error.
     Raises FileExistsError for a folder that holds anything but such a copy, ValueError for one within the run.
     """
     target = Path(folder).resolve()
@@ -53,7 +56,8 @@ def export_run(run: Run, folder: str | Path, replays: bool = True) -> Exported:
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        done = _write(run, temporary, replays)
+        with tqdm(unit=" answers", disable=not progress) as bar:
+            done = _write(run, temporary, replays, bar)
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)
@@ -62,7 +66,7 @@ def export_run(run: Run, folder: str | Path, replays: bool = True) -> Exported:
     return done
 
 
-def _write(run: Run, folder: Path, replays: bool) -> Exported:
+def _write(run: Run, folder: Path, replays: bool, bar: "tqdm[Any]") -> Exported:
     for name, path in assets(live=False).items():
         shutil.copyfile(path, folder / name)
     paths, errors = [], []
@@ -76,6 +80,7 @@ def _write(run: Run, folder: Path, replays: bool) -> Exported:
             errors.append(f"{route.path}: {type(problem).__name__}: {problem}")
             continue
         for parameters in listed:
+            bar.update()
             path = route.path.format(**parameters)
             if not all(_SEGMENT.fullmatch(part) for part in path.split("/")):
                 errors.append(f"{path}: not a name that a file can have")
@@ -85,7 +90,7 @@ def _write(run: Run, folder: Path, replays: bool) -> Exported:
             if error is not None:
                 errors.append(f"{path}: {error}")
     write_file(folder / "data" / "index.js", b"window.atlasPaths = " + to_json(sorted(paths)) + b";\n")
-    about = {"live": False, "simulates": False, "run": run.root.name}
+    about = {"live": False, "simulates": False, "run": run.root.name, "home": first_view(run)}
     page = document(about, live=False, policy=POLICY, data=True)
     write_file(folder / "index.html", page.encode())
     write_json(folder / MARKER, {"format": FORMAT, "run": run.root.name, "answers": len(paths)})

@@ -64,7 +64,7 @@ def grids(arguments: Mapping[str, Any], emit: Emit, cancelled: Cancelled) -> lis
 
 
 def spans(of: np.ndarray, n: int) -> list[list[float] | None]:
-    """Where each of n cells begins and ends along an axis, as shares of it."""
+    """Where each of n cells begins and ends along an axis, as shares of it; None for one that shows nothing."""
     found: list[list[float] | None] = []
     for cell in range(n):
         inside = np.flatnonzero(of == cell)

@@ -54,6 +54,10 @@ def again(folder: Path, episode: int, image_size: int | None) -> Episode:
         raise WorkError(f"the replay does not show the episode: {text}") from error
 
 
+def ready(arguments: Mapping[str, Any], emit: Emit, cancelled: Cancelled) -> None:
+    """Nothing: that it was asked for has begun the process and its imports."""
+
+
 def film(arguments: Mapping[str, Any], emit: Emit, cancelled: Cancelled) -> dict[str, Any]:
     """Films of all cameras of an episode, each with what was seen before every step and after the last.
 

@@ -11,14 +11,14 @@ import re
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hooked_vla.extras import needs_packages
-from hooked_vla.rollouts.sae.feature_index import close_connection
+from hooked_vla.folders import user_cache
+from hooked_vla.rollouts.sae.duck import Shared, confined
 
 with needs_packages(("duckdb",), "the Atlas needs: pip install 'hooked-vla[atlas]'"):
     import duckdb
@@ -94,7 +94,7 @@ class Run:
             raise FileNotFoundError(f"there is no folder {folder}")
         if not root.is_dir():
             raise NotADirectoryError(f"{folder} is a file; the Atlas opens folders")
-        run = cls(root, Path(cache).resolve() if cache is not None else _user_cache(root))
+        run = cls(root, Path(cache).resolve() if cache is not None else _cache_of(root))
         run._search(root, 0, count())
         return run
 
@@ -144,14 +144,10 @@ class Run:
             if callable(close := getattr(each, "close", None)):
                 close()
 
-    def _connect(self) -> "_Base":
-        closed = ("autoinstall_known_extensions", "autoload_known_extensions", "python_enable_replacements")
-        base = duckdb.connect(config={**dict.fromkeys(closed, False), "memory_limit": "1GB", "threads": 2})
-        folders = [f"{self.root}/", f"{self.cache}/"]
-        base.execute("SET allowed_directories = ?", [folders])
-        base.execute("SET enable_external_access = false")
+    def _connect(self) -> Shared:
+        base = confined([self.root, self.cache], "1GB", threads=2)
         base.execute("SET lock_configuration = true")
-        return _Base(base)
+        return Shared(base)
 
     def _search(self, folder: Path, depth: int, looked_at: Iterator[int]) -> None:
         if next(looked_at) > MAX_FOLDERS:
@@ -202,21 +198,6 @@ class Run:
         return key
 
 
-class _Base:
-    """The connection that cursors are of; it refuses a second call while one is under way, so they take turns."""
-
-    def __init__(self, connection: "duckdb.DuckDBPyConnection") -> None:
-        self._connection, self._turn = connection, threading.Lock()
-
-    def cursor(self) -> "duckdb.DuckDBPyConnection":
-        with self._turn:
-            return self._connection.cursor()
-
-    def close(self) -> None:
-        with self._turn:
-            close_connection(self._connection)
-
-
 def _kind(folder: Path, about: Mapping[str, Any]) -> str | None:
     said = about.get("format")
     if isinstance(said, str):
@@ -242,11 +223,6 @@ def _read(path: Path) -> tuple[dict[str, Any], str | None]:
     return found, None
 
 
-def _user_cache(root: Path) -> Path:
+def _cache_of(root: Path) -> Path:
     """A folder of this run alone in the user's cache directory; not made yet."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    home = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    name = hashlib.sha256(os.fsencode(root)).hexdigest()[:24]
-    with suppress(OSError):
-        home = home.resolve()
-    return home / "hooked-vla" / "atlas" / name
+    return user_cache() / "atlas" / hashlib.sha256(os.fsencode(root)).hexdigest()[:24]

@@ -1,20 +1,27 @@
 """Serves a run on this machine until it is interrupted."""
 
+import logging
 import socket
 import threading
 import webbrowser
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 
 from hooked_vla.atlas.app import Server, create_app
+from hooked_vla.atlas.routes import Conflict, NotThere
 from hooked_vla.atlas.run import Run
+from hooked_vla.atlas.views.films import replays
+from hooked_vla.atlas.views.live import get_options
 from hooked_vla.atlas.views.models import RUN, all_models, results
+from hooked_vla.atlas.worker import WorkError
 from hooked_vla.extras import needs_packages
 
 with needs_packages(("uvicorn",), "the Atlas needs: pip install 'hooked-vla[atlas]'"):
     import uvicorn
 
 HOST = "127.0.0.1"
+# for a process to begin
+READY_S = 120.0
 
 
 def serve(run: Run, port: int, live: bool, browser: bool, say: Callable[[str], None]) -> None:
@@ -29,13 +36,24 @@ def serve(run: Run, port: int, live: bool, browser: bool, say: Callable[[str], N
         if browser:
             # a browser may take its time to start, and its call to return
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-        threading.Thread(target=warm, args=(run,), daemon=True).start()
-        with suppress(KeyboardInterrupt):
+        threading.Thread(target=warm, args=(run, live), daemon=True).start()
+        with suppress(KeyboardInterrupt), quiet_end(server):
             server.run(sockets=[listening])
 
 
-def warm(run: Run) -> None:
-    """Build the run's models, whose first drawing takes seconds of imports, before anybody asks for them."""
+def warm(run: Run, live: bool) -> None:
+    """What takes seconds of imports, before anybody asks for it: the run's models, the process that makes films, and
+    (live) the one that lets a policy act."""
+    warm_models(run)
+    with suppress(WorkError, Conflict, NotThere):
+        if run.rollouts:
+            replays(run).run("ready", {}, READY_S)
+        if live:
+            get_options(run)
+
+
+def warm_models(run: Run) -> None:
+    """Build the run's models."""
     for known in all_models(run):
         if known["source"] == RUN:
             # what cannot be built says so when it is asked for
@@ -64,3 +82,19 @@ def make_server(run: Run, listening: socket.socket, live: bool) -> "uvicorn.Serv
     # streams that never end by themselves must not keep the server from ending
     return uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False,
                                          timeout_graceful_shutdown=2, ws="none"))  # fmt: skip
+
+
+@contextmanager
+def quiet_end(server: "uvicorn.Server") -> Iterator[None]:
+    """Inside the block, nothing is logged once the server was told to end: whoever still waits for a film is then cut
+    off, which is no fault to report."""
+
+    def running(record: logging.LogRecord) -> bool:
+        return not server.should_exit
+
+    logger = logging.getLogger("uvicorn.error")
+    logger.addFilter(running)
+    try:
+        yield
+    finally:
+        logger.removeFilter(running)

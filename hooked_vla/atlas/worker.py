@@ -23,6 +23,7 @@ from hooked_vla.atlas.routes import Conflict
 # what a worker can be asked for: the function is called with its arguments, `emit` and `cancelled`
 TASKS = {
     "film": "hooked_vla.atlas.replays:film",
+    "ready": "hooked_vla.atlas.replays:ready",
     "attention": "hooked_vla.atlas.attending:attend",
     "act": "hooked_vla.atlas.acting:act",
     "act_options": "hooked_vla.atlas.acting:options",

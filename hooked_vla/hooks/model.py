@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from hooked_vla.hooks import names as hook_names
-from hooked_vla.hooks.cache import ROW_AXES, TOKEN_AXES, ActivationCache, Recorder
+from hooked_vla.hooks.cache import ROW_AXES, TOKEN_AXES, ActivationCache
 from hooked_vla.hooks.names import NamesFilter
 from hooked_vla.hooks.point import CAPTURE, EDIT, GRADIENT, HookFunction, HookPoint, Listener, Run, SegmentTable
+from hooked_vla.hooks.recorder import Recorder
 from hooked_vla.inputs import Actions, ModelInputs, Segments
 
 HookRequest = tuple[NamesFilter, HookFunction]

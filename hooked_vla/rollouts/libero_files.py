@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from xml.etree import ElementTree
 
+from hooked_vla.folders import user_cache
+
 ASSETS_VARIABLE = "HOOKED_VLA_LIBERO_ASSETS"
 CONFIG_VARIABLE = "LIBERO_CONFIG_PATH"
 # hf-libero 0.1.4, libero/libero/utils/download_utils.py: HF_ASSETS_REPO_ID
@@ -62,8 +64,7 @@ def ensure_config() -> Path:
     if given:
         folder = Path(given).expanduser()
     else:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-        folder = cache / "hooked_vla" / f"libero-{uuid.uuid5(uuid.NAMESPACE_URL, root.as_uri()).hex[:12]}"
+        folder = user_cache() / f"libero-{uuid.uuid5(uuid.NAMESPACE_URL, root.as_uri()).hex[:12]}"
         os.environ[CONFIG_VARIABLE] = str(folder)
     file = folder / "config.yaml"
     if not file.is_file():

@@ -1,6 +1,5 @@
 """Ablations of blocks, heads and neurons: they do what they say, with means and tokens of the inputs they are given."""
 
-import jaxtyping
 import pytest
 import torch
 from public_checkpoints import make_observation, read_golden
@@ -19,16 +18,10 @@ from hooked_vla.analysis.ablation import (
     skips_exactly,
 )
 
+pytestmark = pytest.mark.usefixtures("unchecked_shapes")
+
 NOISE = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(1))
 VLM, EXPERT = "vlm.blocks.1.hook_resid_post", "expert.blocks.2.hook_resid_post"
-
-
-@pytest.fixture(autouse=True)
-def unchecked_shapes():
-    """Runtime shape checks off: the forward passes of all models are checked elsewhere."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def cached(model: HookedVLA, obs: object, names: list[str], noise: object = NOISE, edits: object = ()):

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -19,19 +18,13 @@ from hooked_vla.analysis.patching_cells import Runs, plan_cells
 from hooked_vla.analysis.patching_resume import Tape
 from hooked_vla.inputs import VLAInputs
 
+pytestmark = pytest.mark.usefixtures("unchecked_shapes")
+
 STEPS = 4
 NOISE = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(1))
 RESID = ["vlm.blocks.1.hook_resid_post", "expert.blocks.1.hook_resid_post", "expert.blocks.2.hook_resid_pre"]
 Q_AND_K = ["vlm.blocks.1.attn.hook_q", "vlm.blocks.1.attn.hook_rot_k", "expert.blocks.0.attn.hook_rot_q",
            "expert.blocks.0.attn.hook_prefix_k", "expert.blocks.1.cross_attn.hook_k"]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def unchecked_shapes():
-    """Runtime shape checks off: the forward passes of all models are checked elsewhere."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import fnmatch
 from dataclasses import replace
 
-import jaxtyping
 import pytest
 import torch
 from public_checkpoints import make_observation, read_golden
@@ -15,15 +14,9 @@ from hooked_vla.analysis.metrics import logit_difference, relative_l2
 from hooked_vla.analysis.patching import RESIDUALS, activation_patching
 from hooked_vla.interventions import Patch
 
+pytestmark = pytest.mark.usefixtures("unchecked_shapes")
+
 MODELS = ["act", "groot_n15", "openvla", "pi05", "smolvla", "xvla"]
-
-
-@pytest.fixture(autouse=True)
-def unchecked_shapes():
-    """Runtime shape checks off: the forward passes of all models are checked elsewhere."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def raw(values: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ import fnmatch
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import jaxtyping
 import pytest
 import torch
 from public_checkpoints import make_observation, read_golden
@@ -15,14 +14,7 @@ from hooked_vla import HookedVLA
 from hooked_vla.analysis.patching_resume import Tape
 from hooked_vla.interventions import Ablate, Edit, Scale
 
-
-@pytest.fixture(autouse=True)
-def unchecked_shapes():
-    """Runtime shape checks off: the forward passes of all models are checked elsewhere."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
+pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 
 # every way in which prefix and expert are wired; one that generates, one that draws while it denoises
 MODELS = ["act", "diffusion", "groot_n15", "openvla", "pi05", "smolvla", "xvla"]

@@ -3,7 +3,6 @@
 import fnmatch
 from dataclasses import replace
 
-import jaxtyping
 import pytest
 import torch
 from public_checkpoints import make_observation, read_golden
@@ -14,16 +13,10 @@ from hooked_vla import HookedVLA
 from hooked_vla.analysis.patching import activation_patching
 from hooked_vla.analysis.path_patching import path_patching, reading_points, writing_points
 
+pytestmark = pytest.mark.usefixtures("unchecked_shapes")
+
 MODELS = ["act", "groot_n15", "openvla", "pi05", "smolvla", "xvla"]
 NOISE = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(autouse=True)
-def unchecked_shapes():
-    """Runtime shape checks off: the forward passes of all models are checked elsewhere."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def weighted(edited: Tensor, base: Tensor, donor: Tensor) -> Tensor:

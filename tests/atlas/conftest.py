@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import jaxtyping
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+from shared_folder import shared_folder
 from starlette.testclient import TestClient
+from unchecked import unchecked_shapes
 
 from hooked_vla.atlas.app import Server, create_app
 from hooked_vla.atlas.export import export_run
@@ -35,18 +36,17 @@ SETTINGS = {"episodes": 2, "max_steps": 12, "injected": ["vlm:middle", "vlm:last
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """RUN/E4: two short episodes an arm of a shipped policy on the tabletop. Leave it as it is; copy it to change."""
-    folder = tmp_path_factory.mktemp("atlas") / "RUN"
+    return shared_folder(tmp_path_factory, "atlas", run_e4) / "RUN"
+
+
+def run_e4(folder: Path) -> None:
     definition = find_experiment("E4")
     definition = replace(definition, settings={**definition.settings, **SETTINGS}, quick={})
-    context = Context(definition, ModelSource("smolvla-tabletop"), folder / "E4", options=Options(4, image_size=96))
-    # runtime shape checks take most of the time
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
+    options = Options(4, image_size=96)
+    context = Context(definition, ModelSource("smolvla-tabletop"), folder / "RUN" / "E4", options=options)
+    with unchecked_shapes():
         context.claim()
         write_outcome(context, definition.module.run(context, definition.settle(False)))
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-    return folder
 
 
 @pytest.fixture(scope="session")

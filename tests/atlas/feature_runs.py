@@ -1,11 +1,13 @@
-"""A run with a feature index, its activations' episodes and a steered feature, made once a process."""
+"""A run with a feature index, its activations' episodes and a steered feature, made once a test session."""
 
+import pickle
 from pathlib import Path
 
-import jaxtyping
 import pyarrow.parquet as pq
 import pytest
 import torch
+from shared_folder import shared_folder
+from unchecked import unchecked_shapes
 
 from hooked_vla import HookedVLA
 from hooked_vla.rollouts.sae.collect import collect
@@ -18,22 +20,17 @@ from hooked_vla.sae.presets import preset
 MODEL, SITE, EXPERT = "smolvla-tabletop", "vlm.blocks.1.hook_resid_post", "expert.blocks.2.hook_resid_post"
 N_FEATURES, STEERED = 40, 7
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
-_MADE: dict[str, tuple[Path, Steered]] = {}
 
 
 def feature_run(factory: pytest.TempPathFactory) -> tuple[Path, Steered]:
     """RUN/{activations,vlm,expert,steered}, and what the steering came to. Leave it as it is; copy it to change it."""
-    if not _MADE:
-        # runtime shape checks take most of the time
-        jaxtyping.config.update("jaxtyping_disable", True)
-        try:
-            _MADE["run"] = _make(factory.mktemp("features") / "RUN")
-        finally:
-            jaxtyping.config.update("jaxtyping_disable", False)
-    return _MADE["run"]
+    folder = shared_folder(factory, "features", _make)
+    return folder / "RUN", pickle.loads((folder / "steered.pickle").read_bytes())
 
 
-def _make(folder: Path) -> tuple[Path, Steered]:
+@unchecked_shapes()
+def _make(shared: Path) -> None:
+    folder = shared / "RUN"
     model = HookedVLA.from_pretrained(MODEL).requires_grad_(False)
     options = Options(n_envs=2, max_steps=12)
     store = collect(model, "goal", [SITE, EXPERT], 4, 0, folder / "activations", options=options, name=MODEL)
@@ -46,7 +43,7 @@ def _make(folder: Path) -> tuple[Path, Steered]:
         build_index(store, saes[name], folder / name)
     arms = dose_arms(EXPERT, saes["expert"].w_dec[STEERED], [-0.5, 0.5], seed=0, project_out=False)
     steered = steer(model, "goal", arms, 2, 50, folder / "steered", options=options, name=MODEL)
-    return folder, steered
+    (shared / "steered.pickle").write_bytes(pickle.dumps(steered))
 
 
 def describe_all(index: Path, text: str) -> None:

@@ -47,6 +47,20 @@ def test_from_the_overview_to_the_rows_of_a_cell(open_page: Callable[..., Page],
     expect(page.locator("caption").filter(has_text="results: ")).to_contain_text("rows")
 
 
+def test_a_row_leads_to_the_episodes_that_it_was_measured_on(open_page: Callable[..., Page], address: str) -> None:
+    page = open_page(address, "#/experiments/E4")
+    page.get_by_role("link", name="success of expert:").click()
+    page.get_by_role("link", name="2 episodes", exact=True).click()
+    expect(page.get_by_label("Arm", exact=True)).to_have_value("expert")
+    expect(page.get_by_text("2 episodes, of those chosen")).to_be_visible()
+    # a row of one episode leads to that, beside its baseline
+    page.goto(f'{address}#/experiments/E4/episodes?as=rows&where={{"arm":"expert"}}')
+    expect(page.locator("caption").filter(has_text="episodes: 2 rows")).to_be_visible()
+    page.get_by_role("cell").get_by_role("link", name="episode ").first.click()
+    expect(page.get_by_label("This arm")).to_contain_text("expert")
+    expect(page.get_by_label("Beside it")).to_have_value("baseline")
+
+
 def test_a_measure_over_two_keys(open_page: Callable[..., Page], address: str) -> None:
     page = open_page(address, "#/experiments/E4/episodes")
     expect(page.get_by_label("Show")).to_have_value("grid")

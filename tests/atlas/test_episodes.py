@@ -138,6 +138,23 @@ def test_tracks_are_the_recorded_steps_and_the_end(run: Run, main_folder: Path) 
         assert (other["task"], other["seed"]) == (found["task"], found["seed"])
 
 
+def test_an_answer_waits_only_for_an_index_that_is_nearly_there(copied: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = EpisodeIndex.of(copied, "run")
+
+    def stuck(self: EpisodeIndex, file: Path) -> None:
+        self._of = 1000
+        self._stop.wait(60)
+
+    monkeypatch.setattr(EpisodeIndex, "_build", stuck)
+    began = time.monotonic()
+    state = index.state(30.0)
+    assert time.monotonic() - began < 10 and not state.ready and (state.done, state.of) == (0, 1000)
+    index._done = 999
+    began = time.monotonic()
+    assert not index.state(0.3).ready and time.monotonic() - began >= 0.3
+    index.close()
+
+
 def test_an_index_grows_with_its_run_and_reads_only_what_is_new(copied: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     later, aside = episode_file(copied, 3), copied.cache.parent / "aside"
     shutil.move(later, aside)

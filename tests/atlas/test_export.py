@@ -64,7 +64,8 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("a listing")
         yield {}
 
-    keys = [{"key": key} for key in ("a", "../b", "..")]
+    # "image~top": how paths have the token segment image:top
+    keys = [{"key": key} for key in ("a", "image~top", "../b", "..")]
     routes = [
         Route("fine/{key}", lambda run, key: key, listing=lambda run: iter(keys)),
         Route("broken", broken, listing=once),
@@ -79,14 +80,14 @@ def test_what_fails_is_told_and_the_rest_is_written(toy: None, tmp_path: Path) -
     (tmp_path / "RUN").mkdir()
     run = Run.open(tmp_path / "RUN")
     done = export_run(run, tmp_path / "PAGE")
-    assert answers(tmp_path / "PAGE") == ["broken", "film", "fine/a"] and done.files == 3
+    assert answers(tmp_path / "PAGE") == ["broken", "film", "fine/a", "fine/image~top"] and done.files == 4
     assert sorted(text.partition(":")[0] for text in done.errors) == ["broken", "fine/..", "fine/../b", "listing"]
     assert "__error" in (tmp_path / "PAGE" / "data" / "broken.js").read_text()
     assert (tmp_path / "PAGE" / "data" / "film.mp4").read_bytes() == b"x"
     inside = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*")}
     assert inside == {"RUN", "PAGE"}
     export_run(run, tmp_path / "PAGE", replays=False)
-    assert answers(tmp_path / "PAGE") == ["broken", "fine/a"]
+    assert answers(tmp_path / "PAGE") == ["broken", "fine/a", "fine/image~top"]
     assert not (tmp_path / "PAGE" / "data" / "film.mp4").exists()
 
 

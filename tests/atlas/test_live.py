@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import pytest
+from unchecked import unchecked_shapes
 
 from hooked_vla.atlas import acting
 from hooked_vla.atlas.routes import Conflict
@@ -23,12 +23,8 @@ def acted(cancelled: Callable[[], bool] = lambda: False, **changed: Any) -> tupl
     """States of every row and what was said of the beginning."""
     asked = {**ASKED, "prompt": None, "image": None, "edits": [], "saes": {}, **changed}
     said: list[dict[str, Any]] = []
-    # runtime shape checks take most of the time
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
+    with unchecked_shapes():
         acting.act(asked, said.append, cancelled)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
     rows: dict[str, list[Any]] = {}
     for event in said[1:]:
         rows.setdefault(event["row"] if "row" in event else event["over"]["row"], []).append(event["state"])

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from pages import PAGES, ROOT, python_blocks, run
 from public_checkpoints import make_observation
+from unchecked import unchecked_shapes
 
 from hooked_vla import HookedVLA, Observation, registry
 
@@ -33,13 +33,11 @@ def _as_a_reader_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     runtime shape checks, which other tests have, and which take most of the time."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOOKED_VLA_RENDER", "fast")
-    jaxtyping.config.update("jaxtyping_disable", True)
-    with warnings.catch_warnings(), torch.enable_grad():
+    with unchecked_shapes(), warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("error")
         # not ours: packages that import others by old names
         warnings.simplefilter("default", DeprecationWarning)
         yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

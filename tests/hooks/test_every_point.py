@@ -2,11 +2,11 @@
 
 import fnmatch
 
-import jaxtyping
 import pytest
 import torch
 from public_checkpoints import read_golden
 from tolerance import assert_close
+from unchecked import unchecked_shapes
 
 from hooked_vla import HookedVLA, list_models
 from hooked_vla.hooks import names as hook_names
@@ -62,15 +62,7 @@ def test_cache_holds_each_tensor_once_and_as_much_as_estimated(case) -> None:
         assert model.cache_size(golden.batch, names_filter) == some.nbytes, names_filter
 
 
-@pytest.fixture
-def unchecked_shapes():
-    """Runtime shape checks off: the other tests have them on for the same runs, and they take most of the time."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.mark.usefixtures("unchecked_shapes")
+@unchecked_shapes()
 def test_editing_a_point_changes_the_actions_unless_it_is_a_dead_end(case) -> None:
     model, golden, dtype, *_ = case
     # tokens change by jumps only: where actions are tokens, a change of their scores counts too

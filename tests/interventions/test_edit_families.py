@@ -2,7 +2,6 @@
 
 import warnings
 
-import jaxtyping
 import pytest
 import torch
 from public_checkpoints import read_golden
@@ -11,16 +10,10 @@ from torch import Tensor
 from hooked_vla import HookedVLA, list_models
 from hooked_vla.interventions import Ablate, AddRelative, Clamp, Edit, EditSet, Scale, SubspacePatch
 
+pytestmark = pytest.mark.usefixtures("unchecked_shapes")
+
 # listening there takes attention, or the norm, another way
 IN_THE_OPEN = ("hook_attn_scores", "hook_pattern", "hook_scale")
-
-
-@pytest.fixture(autouse=True)
-def unchecked_shapes():
-    """Runtime shape checks off: the forward passes of all models are checked elsewhere."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module", params=list_models())

@@ -2,7 +2,6 @@
 
 import warnings
 
-import jaxtyping
 import pytest
 import torch
 from edited_model import BANK, BASIS, EXPERT, SAE, SITE, SOURCE, TOPK, D, V, randn, segment, value
@@ -10,6 +9,7 @@ from public_checkpoints import make_observation
 from test_edits import make_sae
 from tolerance import assert_close
 from torch import Tensor
+from unchecked import unchecked_shapes
 
 from hooked_vla import HookedVLA
 from hooked_vla.interventions import (
@@ -33,14 +33,6 @@ from hooked_vla.interventions import (
 @pytest.fixture(scope="module")
 def tiny() -> HookedVLA:
     return HookedVLA.from_spec("smolvla", "tiny").requires_grad_(False)
-
-
-@pytest.fixture
-def unchecked_shapes():
-    """Runtime shape checks off: they would be before ours."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_edits_act_in_their_order(tiny: HookedVLA) -> None:
@@ -201,7 +193,7 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("unchecked_shapes")
+@unchecked_shapes()
 @pytest.mark.parametrize(("edit", "error", "message"), WRONG)
 def test_errors_name_the_argument_before_anything_runs(tiny: HookedVLA, edit, error: type, message: str) -> None:
     seen = []

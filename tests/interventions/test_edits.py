@@ -5,10 +5,10 @@ import math
 import re
 from dataclasses import FrozenInstanceError, replace
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
+from unchecked import unchecked_shapes
 
 from hooked_vla.interventions import (
     Ablate,
@@ -34,14 +34,6 @@ from hooked_vla.interventions.files import EDITS
 from hooked_vla.sae.splice import SpliceSAE
 
 SITE = "vlm.blocks.1.hook_resid_post"
-
-
-@pytest.fixture
-def unchecked_shapes():
-    """Runtime shape checks off: they would be before ours."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def make_sae(m: int = 8, d: int = 4, k: int | None = None, seed: int = 0) -> SpliceSAE:
@@ -132,7 +124,7 @@ def corrupt(data: dict, path: str, value: object) -> dict:
         ("edits.1.sae.sha256", "0", r"edit 1 \(SAEReconstruct\), sae: .* is another autoencoder"),
     ],
 )
-@pytest.mark.usefixtures("unchecked_shapes")
+@unchecked_shapes()
 def test_damaged_json_is_refused_by_name(tmp_path, path: str, value: object, message: str) -> None:
     save_edits([Add(SITE, torch.ones(100), 2.0), SAEReconstruct(SITE, make_sae())], tmp_path / "e.json")
     data = json.loads((tmp_path / "e.json").read_text())
@@ -228,7 +220,7 @@ def test_what_makes_no_sense_is_refused(make, message: str) -> None:
         make()
 
 
-@pytest.mark.usefixtures("unchecked_shapes")
+@unchecked_shapes()
 def test_numbers_come_from_tensors_and_arrays_too() -> None:
     """As they leave topk, argmax and NumPy."""
     sae = make_sae()
@@ -267,7 +259,7 @@ def test_an_autoencoder_in_another_dtype() -> None:
         sae.to(torch.int8)
 
 
-@pytest.mark.usefixtures("unchecked_shapes")
+@unchecked_shapes()
 def test_wrong_types_are_refused() -> None:
     with pytest.raises(TypeError, match="rows must be a whole number or several, got 1.5"):
         Scale("x", 1.0, rows=1.5)
@@ -279,7 +271,7 @@ def test_wrong_types_are_refused() -> None:
         Add("x", torch.arange(3), 1.0)
 
 
-@pytest.mark.usefixtures("unchecked_shapes")
+@unchecked_shapes()
 def test_autoencoders_that_do_not_fit_together_are_refused(tmp_path) -> None:
     w, b, d = torch.ones(3, 2), torch.ones(3), torch.ones(2)
     with pytest.raises(ValueError, match=r"b_enc must be \[3\] beside w_enc \[3 2\], got \[2\]"):

@@ -1,11 +1,10 @@
 """Injection into forward passes: a run into itself changes nothing; whatever does not fit is an error, not a skip."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from public_checkpoints import make_observation, read_golden
@@ -25,20 +24,14 @@ from hooked_vla.interventions.injection_sites import (
     stream_sites,
 )
 
+pytestmark = pytest.mark.usefixtures("unchecked_shapes")
+
 VLM, EXPERT = "vlm.blocks.1.hook_resid_post", "expert.blocks.0.hook_resid_post"
 KEYS = "expert.blocks.1.cross_attn.hook_prefix_k"
 LEAVES = (
     "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "hook_tokens", "hook_k",
     "hook_v", "hook_prefix_k", "hook_prefix_v", "hook_z", "hook_velocity", "hook_noisy_actions",
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def unchecked_shapes() -> Iterator[None]:
-    """Runtime shape checks off: they take most of the time."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import fnmatch
 import warnings
 from dataclasses import fields, replace
 
-import jaxtyping
 import pytest
 import torch
 from public_checkpoints import make_observation, read_golden
@@ -13,6 +12,8 @@ from torch import Tensor
 from hooked_vla import HookedVLA, list_models
 from hooked_vla.inputs import ModelInputs
 from hooked_vla.interventions import CutSetWarning, Edit, EditSet, Overwrite, Patch, Scale, cut_set, is_replay
+
+pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 
 # rows that see the same differ by the order of sums at most, and others by much more
 SAME, OTHER = 1e-5, 1e-3
@@ -33,14 +34,6 @@ SETS = (
 )
 # cut sets that names alone do not tell: the last block of a U-Net
 UNKNOWN = {("diffusion", "expert.up.1.1.hook_resid_post")}
-
-
-@pytest.fixture(autouse=True)
-def unchecked_shapes():
-    """Runtime shape checks off: they take most of the time."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def other(inputs: ModelInputs) -> ModelInputs:

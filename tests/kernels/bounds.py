@@ -3,10 +3,6 @@
 An error is a row's norm of the difference over the row's norm of the expected values; the worst row counts.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import jaxtyping
 import torch
 from torch import Tensor
 
@@ -35,18 +31,3 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal bit for bit: -0.0 is not 0.0, a NaN equals itself."""
     ints = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(ints), b.contiguous().view(ints))
-
-
-@contextmanager
-def plain_calls() -> Iterator[None]:
-    """Calls as users make them: without the runtime shape checks that pytest's option switches on.
-
-    Those would answer a wrong shape before the op's own message does, and torch.compile cannot trace them. Also a
-    decorator of a test: @plain_calls()
-    """
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", before)

@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from bounds import plain_calls
+from unchecked import unchecked_shapes
 
 from hooked_vla.kernels import dispatch
 from hooked_vla.kernels.aot import TARGETS, Config, compile_in_subprocess, configurations, ops_with_kernels
@@ -34,7 +34,7 @@ class Kernel:
     arg_names = ("x_ptr", "n", "BLOCK")
 
 
-@plain_calls()
+@unchecked_shapes()
 @pytest.mark.parametrize(
     ("signature", "constexprs", "divisible", "message"),
     [

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from bounds import plain_calls, same_bits
+from bounds import same_bits
 from test_refusals import OPS, good
 from torch import Tensor
+from unchecked import unchecked_shapes
 
 from hooked_vla import kernels
 from hooked_vla.kernels.dispatch import use
@@ -35,7 +36,7 @@ def results(op: str, dtype: torch.dtype) -> list[Tensor]:
 @pytest.mark.parametrize("path", ["reference", None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", OPS)
-@plain_calls()
+@unchecked_shapes()
 def test_autocast_changes_no_bit(op: str, dtype: torch.dtype, path: str | None) -> None:
     with use(path):
         expected = results(op, dtype)
@@ -48,7 +49,7 @@ def test_autocast_changes_no_bit(op: str, dtype: torch.dtype, path: str | None) 
 
 
 @pytest.mark.parametrize("path", ["reference", None])
-@plain_calls()
+@unchecked_shapes()
 def test_autocast_changes_no_top_k_splice(path: str | None) -> None:
     for error in (False, True):
         arguments = good("sae_splice") | {"threshold": None, "k": 4, "error": error}

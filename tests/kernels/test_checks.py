@@ -5,7 +5,7 @@ import gc
 import numpy as np
 import pytest
 import torch
-from bounds import plain_calls
+from unchecked import unchecked_shapes
 
 from hooked_vla.kernels import checks
 from hooked_vla.kernels.checks import (
@@ -21,7 +21,7 @@ from hooked_vla.kernels.checks import (
 X = torch.zeros(3, 4)
 
 
-@plain_calls()
+@unchecked_shapes()
 def test_a_fitting_tensor_passes() -> None:
     check_matrix("op", "x", X, (3, None), torch.float32, torch.device("cpu"))
     check_matrix("op", "x", X, (None, 4), (torch.bfloat16, torch.float32))
@@ -33,7 +33,7 @@ def test_a_fitting_tensor_passes() -> None:
     check_range("op", "segment", torch.tensor([-1, 2]), 3, lower=-1)
 
 
-@plain_calls()
+@unchecked_shapes()
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -66,7 +66,7 @@ def test_an_unfitting_one_is_named(call, error, message) -> None:
         call()
 
 
-@plain_calls()
+@unchecked_shapes()
 def test_values_that_are_not_finite() -> None:
     bad = X.clone()
     bad[1, 2] = float("nan")
@@ -85,7 +85,7 @@ def test_values_that_are_not_finite() -> None:
     check_finite("op", "x", torch.full((4,), torch.finfo(torch.float32).max))
 
 
-@plain_calls()
+@unchecked_shapes()
 def test_values_are_looked_at_on_a_cpu_unless_told() -> None:
     assert validates(None, X) and validates(True, X) and not validates(False, X)
     assert not validates(True, X.to("meta"))
@@ -100,7 +100,7 @@ def test_values_are_looked_at_on_a_cpu_unless_told() -> None:
     assert seen in ([], [False])
 
 
-@plain_calls()
+@unchecked_shapes()
 def test_parameters_are_looked_at_again_when_they_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[str] = []
 
@@ -138,7 +138,7 @@ def test_parameters_are_looked_at_again_when_they_changed(monkeypatch: pytest.Mo
         check_parameter("op", "w", uncounted)
 
 
-@plain_calls()
+@unchecked_shapes()
 def test_parameters_that_are_gone_are_forgotten() -> None:
     weights = torch.zeros(5)
     number = id(weights)
@@ -149,7 +149,7 @@ def test_parameters_that_are_gone_are_forgotten() -> None:
     assert number not in checks._looked_at
 
 
-@plain_calls()
+@unchecked_shapes()
 def test_whole_numbers() -> None:
     for good in (3, np.int64(3), np.uint8(3)):
         found = check_int("op", "k", good)

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from bounds import EDIT, OUTPUT, assert_within, plain_calls, same_bits
+from bounds import EDIT, OUTPUT, assert_within, same_bits
 from torch import Tensor
+from unchecked import unchecked_shapes
 
 from hooked_vla.kernels import delta_splice, delta_splice_features, fold_bias, use
 
@@ -158,7 +159,7 @@ def test_nothing_to_edit(n: int, n_features: int, each_path: str) -> None:
     assert same_bits(y, given[0]) and f.shape == (n, n_features)
 
 
-@plain_calls()
+@unchecked_shapes()
 @pytest.mark.parametrize("n_rows", [1, 2])
 def test_gradients(n_rows: int) -> None:
     """Of everything but the threshold, both outputs, by finite differences."""
@@ -176,7 +177,7 @@ def test_gradients(n_rows: int) -> None:
     assert torch.autograd.gradgradcheck(lambda *args: delta_splice(*args, **options), leaves, fast_mode=True)
 
 
-@plain_calls()
+@unchecked_shapes()
 def test_gradients_keep_the_dtype_of_what_they_are_of() -> None:
     leaves = [each.requires_grad_(True) for each in tensors(dtype=torch.bfloat16)]
     delta_splice(*leaves).float().square().sum().backward()
@@ -212,7 +213,7 @@ def test_features_of_masked_tokens_have_gradients() -> None:
     assert_within(w_enc.grad, (f > 0).float().T @ given[0], OUTPUT[torch.float32])
 
 
-@plain_calls()
+@unchecked_shapes()
 def test_compiles_into_one_graph_and_edits_stay_inputs() -> None:
     torch._dynamo.reset()
     given, options = tensors(n_rows=2), rows_and_mask(37, 2)
@@ -235,7 +236,7 @@ def test_compiles_into_one_graph_and_edits_stay_inputs() -> None:
     assert torch.equal(ours, eager)
 
 
-@plain_calls()
+@unchecked_shapes()
 @pytest.mark.parametrize("emit", [False, True])
 def test_registered_as_pytorch_asks(emit: bool) -> None:
     given = tensors(n=5, d=4, n_features=2, n_rows=2)
@@ -269,7 +270,7 @@ REFUSED = {
 }
 
 
-@plain_calls()
+@unchecked_shapes()
 @pytest.mark.parametrize("case", REFUSED)
 def test_refuses(case: str) -> None:
     name, spoil, message = REFUSED[case]
@@ -279,7 +280,7 @@ def test_refuses(case: str) -> None:
         delta_splice(*given.values())
 
 
-@plain_calls()
+@unchecked_shapes()
 def test_refuses_rows_and_masks_that_do_not_fit() -> None:
     given, options = tensors(n_rows=2), rows_and_mask(37, 2)
     with pytest.raises(ValueError, match=r"row must say which of the 2 rows of scale each token uses, got None"):
@@ -302,5 +303,5 @@ def test_fold_bias_sums_in_float64() -> None:
     assert fold_bias(w_enc.bfloat16(), torch.zeros(1), torch.ones(3)).dtype == torch.float32
     third = torch.tensor([1 / 3], dtype=torch.float64)
     assert torch.equal(fold_bias(torch.ones(1, 1).double(), third, torch.zeros(1)), third)
-    with plain_calls(), pytest.raises(ValueError, match=r"fold_bias: b_dec must have shape \[3\], got \[2\]"):
+    with unchecked_shapes(), pytest.raises(ValueError, match=r"fold_bias: b_dec must have shape \[3\], got \[2\]"):
         fold_bias(w_enc, torch.zeros(1), torch.zeros(2))

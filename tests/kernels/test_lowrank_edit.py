@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from bounds import EDIT, OUTPUT, assert_within, plain_calls, same_bits
+from bounds import EDIT, OUTPUT, assert_within, same_bits
 from torch import Tensor
+from unchecked import unchecked_shapes
 
 from hooked_vla.kernels.dispatch import use
 from hooked_vla.kernels.lowrank_edit import lowrank_edit
@@ -218,7 +219,7 @@ def test_gradients_in_other_dtypes(dtype: torch.dtype) -> None:
         assert_within(ours.grad.flatten(), exact.grad.flatten(), 1e-5 if dtype == torch.float32 else 5e-3)
 
 
-@plain_calls()
+@unchecked_shapes()
 def test_compiles_as_one_graph_with_its_gradients() -> None:
     torch._dynamo.reset()
     given, options = make(6, 8, 2, 3, torch.float32, m=4), choices(6, 4, 3)
@@ -236,7 +237,7 @@ def test_compiles_as_one_graph_with_its_gradients() -> None:
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
 
 
-@plain_calls()
+@unchecked_shapes()
 def test_new_contents_need_no_new_graph() -> None:
     torch._dynamo.reset()
     given, options = make(6, 8, 2, 3, torch.float32, m=4), choices(6, 4, 3)
@@ -251,7 +252,7 @@ def test_new_contents_need_no_new_graph() -> None:
 
 
 @pytest.mark.parametrize("full", [False, True])
-@plain_calls()
+@unchecked_shapes()
 def test_is_a_well_formed_torch_op(full: bool) -> None:
     given: list[Tensor | None] = [*make(4, 5, 2, 2 if full else 1, torch.float32, m=3 if full else None)]
     options = choices(4, 3, 2) if full else {"pair": None, "row": None, "mask": None}
@@ -295,7 +296,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-@plain_calls()
+@unchecked_shapes()
 def test_says_what_is_wrong(case: str) -> None:
     changed, error, message = WRONG[case]
     lowrank_edit(**GOOD)

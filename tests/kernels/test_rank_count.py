@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from bounds import plain_calls
 from torch import Tensor
+from unchecked import unchecked_shapes
 
 from hooked_vla.kernels.dispatch import use
 from hooked_vla.kernels.rank_count import rank_count
@@ -68,7 +68,7 @@ def test_nothing_to_count(n: int, count: int) -> None:
     assert rank_count(*integers(n, 12, 40, torch.bfloat16), some(40, count)).shape == (n, count)
 
 
-@plain_calls()
+@unchecked_shapes()
 def test_compiles_as_one_graph_with_features_that_change() -> None:
     torch._dynamo.reset()
     given, features = integers(5, 12, 40, torch.float32), some(40, 3)
@@ -79,7 +79,7 @@ def test_compiles_as_one_graph_with_features_that_change() -> None:
         assert torch.equal(compiled(given[0]), rank_count(*given, features) < 4)
 
 
-@plain_calls()
+@unchecked_shapes()
 def test_is_a_well_formed_torch_op() -> None:
     given = integers(4, 5, 9, torch.float32)
     torch.library.opcheck(torch.ops.hooked_vla.rank_count.default, (*given, some(9, 3)))
@@ -105,7 +105,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-@plain_calls()
+@unchecked_shapes()
 def test_says_what_is_wrong(case: str) -> None:
     changed, error, message = WRONG[case]
     rank_count(**GOOD)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from bounds import plain_calls
 from torch import Tensor
+from unchecked import unchecked_shapes
 
 from hooked_vla import kernels
 from hooked_vla.kernels import dispatch
@@ -123,7 +123,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("op", "name"), [(op, name) for op in OPS for name, value in good(op).items() if isinstance(value, Tensor)]
 )
-@plain_calls()
+@unchecked_shapes()
 def test_names_the_argument_before_anything_runs(op: str, name: str, nothing_runs: None) -> None:
     for what in spoilable(op, name, good(op)[name]):
         exactly, spoil = SPOILED[what]
@@ -139,7 +139,7 @@ def test_names_the_argument_before_anything_runs(op: str, name: str, nothing_run
 
 
 @pytest.mark.parametrize("op", OPS)
-@plain_calls()
+@unchecked_shapes()
 def test_good_arguments_run(op: str) -> None:
     arguments = good(op)
     getattr(kernels, op)(**arguments)
@@ -148,7 +148,7 @@ def test_good_arguments_run(op: str) -> None:
 
 
 @pytest.mark.parametrize("gate", ["k", "threshold"])
-@plain_calls()
+@unchecked_shapes()
 def test_what_is_read_of_a_dictionary_is_searched(gate: str, nothing_runs: None) -> None:
     arguments = good("sae_splice") | {"error": False}
     if gate == "k":
@@ -167,7 +167,7 @@ def test_what_is_read_of_a_dictionary_is_searched(gate: str, nothing_runs: None)
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if "lo" in good(op)])
-@plain_calls()
+@unchecked_shapes()
 def test_bounds_leave_a_finite_number(op: str, nothing_runs: None) -> None:
     for name, bad in (("lo", torch.inf), ("hi", -torch.inf)):
         bounds = {each: torch.full((R, S), bad) for each in ("lo", "hi")}
@@ -176,14 +176,14 @@ def test_bounds_leave_a_finite_number(op: str, nothing_runs: None) -> None:
 
 
 @pytest.mark.parametrize("op", ["segment_mean", "segment_mean_delta"])
-@plain_calls()
+@unchecked_shapes()
 def test_numbers_of_segments_are_whole(op: str, nothing_runs: None) -> None:
     for bad in (2.0, True, "2"):
         with pytest.raises(TypeError, match=f"^{op}: n_segments must be a whole number, got {bad!r}"):
             getattr(kernels, op)(**(good(op) | {"n_segments": bad}))
 
 
-@plain_calls()
+@unchecked_shapes()
 def test_a_wrong_mask_is_named_whatever_the_tokens_hold(nothing_runs: None) -> None:
     arguments = good("sae_splice")
     arguments["x"] = arguments["x"] * torch.nan
@@ -193,7 +193,7 @@ def test_a_wrong_mask_is_named_whatever_the_tokens_hold(nothing_runs: None) -> N
 
 
 @pytest.mark.parametrize(("op", "k"), [("sae_encode_topk", M + 1), ("select_topk", 0), ("sae_splice", M + 1)])
-@plain_calls()
+@unchecked_shapes()
 def test_k_is_a_number_of_features(op: str, k: int, nothing_runs: None) -> None:
     arguments = good(op) | {"k": k} | ({"threshold": None} if op == "sae_splice" else {})
     with pytest.raises(ValueError, match=rf"^{op}: k must lie in \[1, {M}\]"):

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from bounds import OUTPUT, assert_within, plain_calls, same_bits
+from bounds import OUTPUT, assert_within, same_bits
 from torch import Tensor
+from unchecked import unchecked_shapes
 
 from hooked_vla.kernels.dispatch import use
 from hooked_vla.kernels.sae_encode_topk import cpu, encode_gmax, packed, reference, sae_encode_topk, select_topk
@@ -216,7 +217,7 @@ def test_indices_carry_no_gradient_and_halves_none_either() -> None:
         z.sum().backward()
 
 
-@plain_calls()
+@unchecked_shapes()
 def test_compiles_as_one_graph_with_its_gradients() -> None:
     torch._dynamo.reset()
     given = make(6, 8, 40)
@@ -239,7 +240,7 @@ def test_compiles_as_one_graph_with_its_gradients() -> None:
     assert all(same_bits(a, b) for a, b in zip(halves(*given), compiled(*given), strict=True))
 
 
-@plain_calls()
+@unchecked_shapes()
 def test_are_well_formed_torch_ops() -> None:
     ops, given = torch.ops.hooked_vla, make(4, 5, 24)
     z, maxima = encode_gmax(*given, 8)
@@ -280,7 +281,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-@plain_calls()
+@unchecked_shapes()
 def test_says_what_is_wrong(case: str) -> None:
     changed, error, message = WRONG[case]
     sae_encode_topk(**GOOD)
@@ -289,13 +290,13 @@ def test_says_what_is_wrong(case: str) -> None:
 
 
 @pytest.mark.parametrize("group", [0, 3, 16, 256])
-@plain_calls()
+@unchecked_shapes()
 def test_runs_must_fit(group: int) -> None:
     with pytest.raises(ValueError, match=f"^encode_gmax: group must be a power of 2 up to 128 .*got {group}"):
         encode_gmax(*make(4, 5, 24), group)
 
 
-@plain_calls()
+@unchecked_shapes()
 def test_the_choice_says_what_is_wrong() -> None:
     z = torch.zeros(4, 24)
     for wrong, message in (

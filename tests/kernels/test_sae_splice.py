@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from bounds import OUTPUT, assert_within, plain_calls, same_bits
+from bounds import OUTPUT, assert_within, same_bits
 from torch import Tensor
+from unchecked import unchecked_shapes
 
 from hooked_vla.kernels import delta_splice, sae_splice
 from hooked_vla.kernels.dispatch import use
@@ -234,7 +235,7 @@ def test_masked_tokens_leak_nothing_into_gradients(path: str | None, error: bool
 
 @pytest.mark.parametrize("error", [False, True])
 @pytest.mark.parametrize("gate", ["topk", "threshold"])
-@plain_calls()
+@unchecked_shapes()
 def test_compiles_as_one_graph_with_its_gradients(error: bool, gate: str) -> None:
     torch._dynamo.reset()
     case = make(gate, error)
@@ -258,7 +259,7 @@ def test_compiles_as_one_graph_with_its_gradients(error: bool, gate: str) -> Non
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
 
 
-@plain_calls()
+@unchecked_shapes()
 def test_parts_are_well_formed_torch_ops() -> None:
     case = make("threshold", True)
     ops = torch.ops.hooked_vla
@@ -344,14 +345,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-@plain_calls()
+@unchecked_shapes()
 def test_says_what_is_wrong(case: str) -> None:
     changes, error, message = WRONG[case]
     with pytest.raises(error, match=f"^sae_splice: {message}"):
         replace(make("topk", True), **changes).run()
 
 
-@plain_calls()
+@unchecked_shapes()
 def test_says_what_does_not_go_together() -> None:
     with pytest.raises(ValueError, match="^sae_splice: at most 64 features with the error kept, got 65"):
         make("topk", True, n_features=65, m=200).run()

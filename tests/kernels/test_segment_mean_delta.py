@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from bounds import OUTPUT, assert_within, plain_calls, same_bits
+from bounds import OUTPUT, assert_within, same_bits
 from torch import Tensor
+from unchecked import unchecked_shapes
 
 from hooked_vla.kernels import delta_splice, segment_add, segment_mean, segment_mean_delta, use
 
@@ -94,7 +95,7 @@ def test_identity_edit_keeps_every_bit() -> None:
     assert same_bits(y, x) and y.data_ptr() != x.data_ptr()
 
 
-@plain_calls()
+@unchecked_shapes()
 def test_gradients() -> None:
     x, segment = draw(7, 4).requires_grad_(True), torch.tensor([0, 2, 2, -1, 0, 2, 0], dtype=torch.int32)
     delta = draw(3, 4, seed=1).requires_grad_(True)
@@ -106,7 +107,7 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(lambda x, *w: segment_mean_delta(x, segment, 3, *w, row=row), (x, *leaves))
 
 
-@plain_calls()
+@unchecked_shapes()
 def test_compiles_into_one_graph() -> None:
     torch._dynamo.reset()
     x, segment, weights = draw(20, 16, dtype=torch.float32), numbers(20, 2), features(3, 16, 1)
@@ -116,7 +117,7 @@ def test_compiles_into_one_graph() -> None:
         segment.copy_(segment.flip(0))
 
 
-@plain_calls()
+@unchecked_shapes()
 def test_registered_as_pytorch_asks() -> None:
     x, segment = draw(6, 4, dtype=torch.float32).requires_grad_(True), numbers(6, 2)
     delta = draw(2, 4, dtype=torch.float32).requires_grad_(True)
@@ -124,7 +125,7 @@ def test_registered_as_pytorch_asks() -> None:
     torch.library.opcheck(torch.ops.hooked_vla.segment_add.default, (x, delta, segment))
 
 
-@plain_calls()
+@unchecked_shapes()
 def test_refuses() -> None:
     x, segment, weights = draw(6, 16, dtype=torch.float32), numbers(6, 2), features(3, 16, 1)
     with pytest.raises(ValueError, match=r"segment_mean: segment must have shape \[6\], got \[5\]"):

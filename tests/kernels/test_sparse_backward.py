@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from bounds import OUTPUT, assert_within, plain_calls, same_bits
+from bounds import OUTPUT, assert_within, same_bits
 from torch import Tensor
+from unchecked import unchecked_shapes
 
 from hooked_vla.kernels.dispatch import use
 from hooked_vla.kernels.sparse_backward import sparse_backward, sparse_dots, sparse_outer
@@ -89,7 +90,7 @@ def test_nothing_active_gives_zeros(path: str, shape: tuple[int, int]) -> None:
         assert each.shape == size and not each.any()
 
 
-@plain_calls()
+@unchecked_shapes()
 def test_compiles_as_one_graph() -> None:
     torch._dynamo.reset()
     arguments = make(6, 4, 11, 8)
@@ -101,7 +102,7 @@ def test_compiles_as_one_graph() -> None:
     assert all(same_bits(a, b) for a, b in zip(compiled(*arguments), run(*arguments), strict=True))
 
 
-@plain_calls()
+@unchecked_shapes()
 def test_are_well_formed_torch_ops() -> None:
     grad, x, values, indices, w_dec = make(4, 3, 6, 5)
     ops = torch.ops.hooked_vla
@@ -129,7 +130,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-@plain_calls()
+@unchecked_shapes()
 def test_says_what_is_wrong(case: str) -> None:
     place, wrong, error, message = WRONG[case]
     arguments = [*GOOD[:place], wrong, *GOOD[place + 1 :]]
@@ -137,7 +138,7 @@ def test_says_what_is_wrong(case: str) -> None:
         sparse_backward(*arguments, relu=True)
 
 
-@plain_calls()
+@unchecked_shapes()
 def test_its_parts_say_what_is_wrong() -> None:
     grad, x, values, indices, w_dec = GOOD
     with pytest.raises(ValueError, match=r"^sparse_dots: indices must have shape \[4, \*\], got \[3, 3\]"):

@@ -4,8 +4,9 @@ import importlib
 
 import pytest
 import torch
-from bounds import OUTPUT, assert_within, plain_calls, same_bits
+from bounds import OUTPUT, assert_within, same_bits
 from torch import Tensor
+from unchecked import unchecked_shapes
 
 from hooked_vla.kernels.dispatch import use
 from hooked_vla.kernels.sparse_decode import sparse_decode
@@ -126,7 +127,7 @@ def test_only_gradients_that_are_needed_are_made(monkeypatch: pytest.MonkeyPatch
     assert values.grad is not None and w_dec.grad is not None
 
 
-@plain_calls()
+@unchecked_shapes()
 def test_compiles_as_one_graph_with_its_gradients() -> None:
     torch._dynamo.reset()
     values, indices, w_dec, base = make(6, 4, 11, 8)
@@ -145,7 +146,7 @@ def test_compiles_as_one_graph_with_its_gradients() -> None:
 
 
 @pytest.mark.parametrize("with_base", [False, True])
-@plain_calls()
+@unchecked_shapes()
 def test_is_a_well_formed_torch_op(with_base: bool) -> None:
     values, indices, w_dec, base = make(4, 3, 6, 5)
     inputs = (values.requires_grad_(), indices, w_dec.requires_grad_(), base.requires_grad_() if with_base else None)
@@ -178,7 +179,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-@plain_calls()
+@unchecked_shapes()
 def test_says_what_is_wrong(case: str) -> None:
     place, wrong, error, message = WRONG[case]
     arguments = [*GOOD[:place], wrong, *GOOD[place + 1 :]]

@@ -1,16 +1,16 @@
 """What every family's training objective promises, on tiny random models: it can be fitted, padded steps do not count,
 several draws are the mean of single ones, and kept vision features stand for the images."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
-import jaxtyping
 import pytest
 import torch
 from public_checkpoints import make_observation
 from tolerance import assert_close
 from torch import Tensor
+from unchecked import unchecked_shapes
 
 from hooked_vla import HookedVLA, registry
 from hooked_vla.inputs import Draws, ModelInputs
@@ -115,15 +115,7 @@ def case(request) -> Case:
     return case
 
 
-@pytest.fixture
-def fast() -> Iterator[None]:
-    """Runtime shape checks off: other tests have them on for the same code."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.mark.usefixtures("fast")
+@unchecked_shapes()
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in SIBLINGS])
 def test_the_objective_can_be_fitted(name: str) -> None:
     model, whole = make_model(name, seed=1), make_case(name)
@@ -144,7 +136,7 @@ def test_the_objective_can_be_fitted(name: str) -> None:
     assert min(losses[-5:]) < 0.15 * losses[0], losses[::10]
 
 
-@pytest.mark.usefixtures("fast")
+@unchecked_shapes()
 @pytest.mark.parametrize("name", PREDICTION)
 def test_what_is_predicted_at_padded_steps_does_not_count(name: str) -> None:
     case = make_case(name)
@@ -223,7 +215,7 @@ def test_kept_features_stand_for_the_images(case: Case) -> None:
         assert torch.equal(segments.labels, of_images[stream].labels), stream
 
 
-@pytest.mark.usefixtures("fast")
+@unchecked_shapes()
 def test_hook_points_carry_gradients_and_know_their_rows(case: Case) -> None:
     model, held, steps = case.model, {}, set()
 
@@ -262,7 +254,7 @@ UNVISITED = {
 }
 
 
-@pytest.mark.usefixtures("fast")
+@unchecked_shapes()
 @pytest.mark.parametrize("name", PREDICTION)
 def test_training_reaches_the_parameters_that_acting_reaches(name: str) -> None:
     case, reached = make_case(name), []
@@ -301,7 +293,7 @@ def test_tokens_of_padded_steps_do_not_count(name: str) -> None:
     assert net.head.encode(ends)[0, :4].tolist() == [n_ids - 1] * 2 + [n_ids - readout.n_bins] * 2
 
 
-@pytest.mark.usefixtures("fast")
+@unchecked_shapes()
 def test_targets_of_another_shape_are_refused(case: Case) -> None:
     _, steps, width = case.actions.shape
     for wrong in (case.actions[:2], case.actions[:, 1:], case.actions[..., 1:]):

@@ -2,11 +2,11 @@
 
 from collections import Counter
 
-import jaxtyping
 import pytest
 import torch
 from public_checkpoints import read_golden
 from tolerance import assert_close
+from unchecked import unchecked_shapes
 
 from hooked_vla import HookedVLA, list_models
 from hooked_vla.hooks.names import is_denoised
@@ -20,14 +20,6 @@ RESID, EXPERT, VISION = (
     "expert.blocks.0.hook_resid_post",
     "vision.blocks.0.hook_resid_*",
 )
-
-
-@pytest.fixture
-def unchecked_shapes():
-    """Runtime shape checks off: other tests have them on for the same runs, and they take most of the time."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def usable(model: HookedVLA) -> list[str]:
@@ -67,7 +59,7 @@ def values_at(cache, site: str, ids: torch.Tensor) -> torch.Tensor:
     return value[ids[:, 2].clamp(min=0), row, ids[:, 5]]
 
 
-@pytest.mark.usefixtures("unchecked_shapes")
+@unchecked_shapes()
 @pytest.mark.parametrize("name", list_models())
 def test_every_row_of_every_site_is_where_its_ids_say(name):
     golden = read_golden(name)

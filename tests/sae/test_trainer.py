@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor
 from toy_saes import MIXING, SITE, D, settings, source, tokens
+from unchecked import unchecked_shapes
 
 from hooked_vla.sae.autoencoder import SparseAutoencoder
 from hooked_vla.sae.config import SAEConfig
@@ -44,9 +44,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Spar
     """All cases and presets on one pass, in which each is what it would be alone (tested below); without runtime shape
     checks, which the other tests have."""
     configs, folder = {**CASES, **PRESETS}, tmp_path_factory.mktemp("trained")
-    jaxtyping.config.update("jaxtyping_disable", True)
-    made = train(source(), list(configs.values()), folder, progress=False)
-    jaxtyping.config.update("jaxtyping_disable", False)
+    with unchecked_shapes():
+        made = train(source(), list(configs.values()), folder, progress=False)
     yield dict(zip(configs, made, strict=True))
 
 

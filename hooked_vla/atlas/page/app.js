@@ -284,7 +284,7 @@ Plots     heat maps and SVG scatter: the policy of the page forbids what WebGL t
 
   /* start */
   const ORDER = ["models", "episodes", "features", "experiments", "live"];
-  let home = "experiments";
+  let home = about.home;
   function start() {
     byId("run").textContent = about.run;
     const shown = ORDER.filter((name) => views.has(name));

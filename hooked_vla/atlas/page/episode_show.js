@@ -78,6 +78,18 @@
     return { el, canvas, load, choose: choose_, to, follow, pause: () => video.pause(), close };
   }
 
+  /* where what was moved came to lie: beside which of the places that never move */
+  function ends(tracks) {
+    const unit = tracks.unit === "m" ? " m" : ` ${tracks.unit}`, fixed = tracks.objects.filter((each) => each.fixed && each.x && each.y);
+    return tracks.objects.filter((each) => !each.fixed && each.x && each.y).flatMap((each) => {
+      const n = each.x.length - 1, moved = Math.hypot(each.x[n] - each.x[0], each.y[n] - each.y[0]);
+      // less is what an arm that touches it in passing does
+      if (tracks.unit !== "m" || moved < 0.03) return [];
+      const near = fixed.map((place) => [Math.hypot(each.x[n] - place.x[0], each.y[n] - place.y[0]), place.name]).sort((a, b) => a[0] - b[0])[0];
+      return [`${each.name} was moved ${number(Number(moved.toFixed(3)))}${unit}${near ? ` and ends ${number(Number(near[0].toFixed(3)))}${unit} from the centre of ${near[1]}` : ""}`];
+    });
+  }
+
   /* the numbers at the step: what the plots say, as a table */
   function readings(sides) {
     const body = h("tbody", {}), el = h("details", { class: "ep-readings" }, h("summary", {}, "Numbers at this step"), h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Numbers at this step" },
@@ -198,7 +210,7 @@
       go(state.step);
     }
     const beneath = (side) => h("div", { class: "ep-about" }, h("p", {}, h("span", { class: `ep-side side-${side.side}` }, side.label), " ", outcome(side.data), h("span", { class: "soft" }, ` episode ${side.data.episode}, ${side.data.n_steps} steps`)),
-      h("p", { class: "soft" }, side.data.arm_text),
+      h("p", { class: "soft" }, side.data.arm_text), ends(side.data.steps).map((text) => h("p", {}, `${text}.`)),
       side.data.told.map((told) => h("p", {}, `Told${told.start ? ` from step ${told.start}` : ""}: `, h("q", {}, told.text == null ? side.data.instruction : told.text))));
     const none = !found ? "No other arm ran from this start." : !wanted ? "This copy of the page does not hold the episode beside it." : beside.missing;
     const arms = data.cell.filter((each) => each.episode !== data.episode).map((each) => [each.arm, `${each.arm} (${each.success ? "success" : "failure"})`]);

@@ -112,7 +112,8 @@
     const change = (name) => (value) => atlas.go("episodes", [rollout], { ...filter, page: "", [name]: value });
     const rates = h("div", { class: "ep-arms" }), rows = h("div");
     el.replaceChildren(h("nav", { "aria-label": "Where this is" }, h("a", { href: atlas.link("episodes") }, "all rollouts")), h("h1", {}, about.path === "." ? "Rollouts" : about.path),
-      h("p", { class: "soft" }, `${about.model} in the suite ${about.suite}: ${about.n} of ${about.planned} episodes recorded, up to ${about.max_steps} steps at ${about.fps} a second.`), rates,
+      h("p", { class: "soft" }, `${about.model} in the suite ${about.suite}: ${about.n} of ${about.planned} episodes recorded, up to ${about.max_steps} steps at ${about.fps} a second.`),
+      about.edited == null ? "" : h("p", {}, h("a", { href: atlas.link("episodes", [rollout, about.edited]) }, "Edited and baseline side by side"), ", from the same start."), rates,
       h("h2", {}, "Episodes"), h("div", { class: "fields", role: "search" },
         choose({ label: "Arm", value: filter.arm, options: [["", "all"], ...Object.keys(about.arms)], change: change("arm") }),
         choose({ label: "Task", value: filter.task, options: [["", "all"], ...Object.keys(about.tasks)], change: change("task") }),

@@ -201,22 +201,31 @@
     const last = Math.max(0, Math.ceil(page.total / page.size) - 1);
     const caption = `${words(entry.name)}: ${page.total} row${page.total === 1 ? "" : "s"}` +
       (last ? `, page ${page.page + 1} of ${last + 1}` : "");
-    out.append(atlas.table({ caption, file: page.file, rows: page.rows.map((row, i) => [page.numbers[i], ...row]),
-      columns: ["row", ...page.columns].map((name, i) => ({ name, title: words(name),
-        number: i === 0 || ["number", "integer"].includes(about.columns[i - 1].type), cell: (row) => row[i] })) }));
+    const shown = ["row", ...page.columns].map((name, i) => ({ name, title: words(name),
+      number: i === 0 || ["number", "integer"].includes(about.columns[i - 1].type), cell: (row) => row[i] }));
+    // what was recorded of a row, before what was measured on it
+    if (page.episodes.some(Boolean)) {
+      shown.splice(1, 0, { name: "recorded", cell: (row) => episodesLink(row[page.columns.length + 1]) });
+    }
+    out.append(atlas.table({ caption, file: page.file, columns: shown,
+      rows: page.rows.map((row, i) => [page.numbers[i], ...row, page.episodes[i]]) }));
     if (last) {
       const step = (by, text) => h("button", { type: "button", disabled: page.page + by < 0 || page.page + by > last,
         on: { click: () => to({ as: "rows", page: String(page.page + by) }) } }, text);
       out.append(h("div", { class: "fields" }, step(-1, "Previous page"), step(1, "Next page")));
     }
   }
+  const episodesLink = (held) => (!held ? "" : held.episode != null
+    ? h("a", { href: link("episodes", [held.rollout, held.episode]), title: held.path, class: "recorded" }, `episode ${held.episode}`)
+    : h("a", { href: link("episodes", [held.rollout], { arm: held.arm, task: held.task }), title: held.path, class: "recorded" },
+      `${held.n} episode${held.n === 1 ? "" : "s"}`));
   /* A copy without a server filters the pages that it holds. */
   async function rowsOf(one, entry, where, page) {
     const names = Object.keys(where);
     const path = (at) => `experiments/${one.key}/table/${entry.name}/page/${at}`;
     if (!names.length) return atlas.get(path(page));
     if (atlas.live) return atlas.get(`experiments/${one.key}/rows/${entry.name}`, { where: JSON.stringify(where), page });
-    const kept = { rows: [], numbers: [], page: 0, size: Infinity, total: 0 };
+    const kept = { rows: [], numbers: [], episodes: [], page: 0, size: Infinity, total: 0 };
     for (let at = 0; at * 200 < entry.total; at += 1) {
       const found = await atlas.get(path(at));
       Object.assign(kept, { columns: found.columns, file: found.file });
@@ -225,6 +234,7 @@
         if (at_.every(([column, value]) => (row[column] ?? null) === value)) {
           kept.rows.push(row);
           kept.numbers.push(found.numbers[i]);
+          kept.episodes.push(found.episodes[i]);
         }
       });
     }

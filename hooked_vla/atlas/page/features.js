@@ -115,7 +115,7 @@
       if (way === "umap" && ways.umap === "to be made" && atlas.live) {
         const [first] = await Promise.all([atlas.get(`features/${about.key}/map/pca`)]);
         canvas.update(first);
-        note.textContent = "UMAP is being made, once; meanwhile: principal components.";
+        note.textContent = "UMAP is being made, once, in a minute or two; meanwhile: principal components.";
       }
       try {
         const found = await atlas.get(`features/${about.key}/map/${way}`);

@@ -38,7 +38,7 @@
         choose({ label: "What", value: each.edit, options: Object.entries(KINDS).filter(([kind]) => kind !== "steer" || saes.length), change: again("edit") }),
         each.edit === "steer"
           ? [choose({ label: "Autoencoder", value: each.sae, options: saes.map((one) => one.name), change: again("sae") }),
-            input("Feature", each.feature, (value) => { each.feature = value; }, { inputmode: "numeric", size: 7 }),
+            input("Feature", each.feature, (value) => { each.feature = value; }, { inputmode: "numeric", size: 7, title: `0 to ${(saes.find((one) => one.name === each.sae)?.n_features ?? 1) - 1}` }),
             input("Times", each.scale, (value) => { each.scale = value; }, { inputmode: "decimal", size: 5 }), input("Plus", each.shift, (value) => { each.shift = value; }, { inputmode: "decimal", size: 5 })]
           : choose({ label: "Site", value: each.site, options: sites.length ? sites.map((one) => [one.site, one.site + (one.reaches_action ? "" : " (dead end)")]) : [["", "…"]], change: again("site") }),
         choose({ label: "Tokens", value: each.tokens, options: [["", "all"], ...(at ? at.tokens : [])], change: again("tokens") }),

@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 
 from hooked_vla.atlas.routes import Route
+from hooked_vla.atlas.run import Run
 
 
 def all_routes(live: bool) -> list[Route]:
@@ -20,3 +21,10 @@ def all_routes(live: bool) -> list[Route]:
                 raise ValueError(f"two routes answer {route.method} {route.path}")
             found[route.method, route.path] = route
     return list(found.values())
+
+
+def first_view(run: Run) -> str:
+    """The view that a page begins with: of what the run holds, that which says most about it."""
+    if run.experiments:
+        return "experiments"
+    return "episodes" if run.rollouts else "features" if run.indexes or run.steering else "experiments"

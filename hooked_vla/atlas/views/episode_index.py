@@ -28,8 +28,8 @@ with needs_sim_extra():
 PER_FOLDER = 1000
 # files that are read at a time: between two batches progress is seen, and whoever asks for rows goes first
 _BATCH, _PAUSE_S = 50, 0.005
-# how long an answer waits for an index that is nearly there
-_PATIENCE_S = 0.15
+# how long an answer waits for an index that is nearly there, which it is with so many episodes left to read
+_PATIENCE_S, _NEARLY, _GLANCE_S = 0.15, 300, 0.02
 
 COLUMNS = ("episode", "arm", "task", "seed", "success", "ending", "n_steps", "instruction")
 _SCHEMA = pa.schema(
@@ -72,7 +72,7 @@ class EpisodeIndex:
         return run.keep(f"episodes of {rollout}", lambda: cls(run, folder))
 
     def state(self, patience: float = _PATIENCE_S) -> State:
-        """The index, or how far it is, after waiting for it so many seconds at most."""
+        """The index, or how far it is, after waiting so many seconds at most for one that is nearly there."""
         file = self._file()
         if file.is_file():
             return State(file, self._of, self._of)
@@ -84,7 +84,9 @@ class EpisodeIndex:
                 self._thread = threading.Thread(target=self._make, args=(file,), daemon=True)
                 self._thread.start()
             thread = self._thread
-        thread.join(patience)
+        ends = time.monotonic() + patience
+        while thread.is_alive() and (left := ends - time.monotonic()) > 0 and self._of - self._done <= _NEARLY:
+            thread.join(min(left, _GLANCE_S))
         if file.is_file():
             return State(file, self._done, self._of)
         return State(None, self._done, self._of, self._error)
@@ -93,7 +95,9 @@ class EpisodeIndex:
         """The index, however long it takes."""
         state = self.state(0.0)
         while not state.ready and state.error is None:
-            state = self.state(1.0)
+            if self._thread is not None:
+                self._thread.join(1.0)
+            state = self.state(0.0)
         return state
 
     def rows(self, numbers: Sequence[int]) -> list[dict[str, Any]]:

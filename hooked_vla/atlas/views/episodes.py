@@ -65,7 +65,8 @@ def get_rollout(run: Run, rollout: str) -> dict[str, Any]:
         "index": {"ready": state.ready, "done": state.done, "of": state.of, "error": state.error},
         "rates": _rates(run, str(state.file), manifest) if state.ready else None,
         "n": _count(run, str(state.file)) if state.ready else len(index.numbers()),
-        "per_page": PAGE, "files": f"{run.shown(folder.path)}/episodes/*/*.parquet",
+        "edited": _first_edited(run, folder), "per_page": PAGE,
+        "files": f"{run.shown(folder.path)}/episodes/*/*.parquet",
     }  # fmt: skip
 
 
@@ -164,7 +165,7 @@ def cell_of(run: Run, rollout: str, task: str, seed: int) -> list[dict[str, Any]
 
 def exported_episodes(run: Run, limit: int = EXPORTED_TRACKS) -> Iterator[dict[str, str]]:
     """The first episodes of every folder, scene by scene: all arms of the first scene come before the second's."""
-    for key in _sound_keys(run):
+    for key in sound_keys(run):
         n_scenes = len(run.rollouts[key].manifest["scenes"])
         recorded = sorted(EpisodeIndex.of(run, key).numbers(), key=lambda number: (number % n_scenes, number))
         for number in recorded[:limit]:
@@ -172,19 +173,19 @@ def exported_episodes(run: Run, limit: int = EXPORTED_TRACKS) -> Iterator[dict[s
 
 
 def _exported_rollouts(run: Run) -> Iterator[dict[str, str]]:
-    for key in _sound_keys(run):
+    for key in sound_keys(run):
         EpisodeIndex.of(run, key).wait()
         yield {"rollout": key}
 
 
 def _exported_pages(run: Run) -> Iterator[dict[str, str]]:
-    for key in _sound_keys(run):
+    for key in sound_keys(run):
         n = len(EpisodeIndex.of(run, key).numbers())
         for page in islice(range(1, max(1, -(-n // PAGE)) + 1), EXPORTED_PAGES):
             yield {"rollout": key, "page": str(page)}
 
 
-def _sound_keys(run: Run) -> list[str]:
+def sound_keys(run: Run) -> list[str]:
     return [key for key, folder in run.rollouts.items() if folder.error is None and _fault(folder) is None]
 
 

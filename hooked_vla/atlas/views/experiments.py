@@ -9,6 +9,7 @@ from typing import Any
 from hooked_vla.atlas.routes import Media, NotThere, Route, once
 from hooked_vla.atlas.run import ExperimentFolder, Run
 from hooked_vla.atlas.views.columns import MEASURE
+from hooked_vla.atlas.views.measured_on import measured_on
 from hooked_vla.atlas.views.tables import PAGE_ROWS, describe, grid, page_of, size_of
 
 RESULTS, VERDICTS, REPORT = "results.parquet", "verdicts.json", "report.md"
@@ -59,9 +60,9 @@ def table(run: Run, key: str, table: str) -> dict[str, Any]:
 
 
 def table_page(run: Run, key: str, table: str, page: str) -> dict[str, Any]:
-    """PAGE_ROWS rows of a table; page: from 0. Raises NotThere."""
+    """PAGE_ROWS rows of a table, and the episodes that each was measured on; page: from 0. Raises NotThere."""
     path = _table_path(run, _folder(run, key), table)
-    return page_of(run, path, _number(page))
+    return _with_episodes(run, key, table, page_of(run, path, _number(page)))
 
 
 def heat_map(run: Run, key: str, table: str, measure: str, rows: str, columns: str) -> dict[str, Any]:
@@ -85,8 +86,9 @@ def figure(run: Run, key: str, name: str) -> Media:
 
 
 def rows(run: Run, key: str, table: str, where: str, page: str) -> dict[str, Any]:
-    """The rows of a table that have some values; where: a JSON object of column and value, null for what is blank.
+    """The rows of a table that have some values, as `table_page` has them.
 
+    where: a JSON object of column and value, null for what is blank.
     Raises NotThere; ValueError for a `where` that is none, or names a column that the table does not have.
     """
     path = _table_path(run, _folder(run, key), table)
@@ -96,7 +98,11 @@ def rows(run: Run, key: str, table: str, where: str, page: str) -> dict[str, Any
         raise ValueError(f"`where` is not JSON: {error}") from error
     if not isinstance(wanted, dict) or not all(isinstance(v, str | int | float | None) for v in wanted.values()):
         raise ValueError("`where` must be an object of columns and plain values")
-    return page_of(run, path, _number(page or "0"), wanted)
+    return _with_episodes(run, key, table, page_of(run, path, _number(page or "0"), wanted))
+
+
+def _with_episodes(run: Run, key: str, table: str, page: dict[str, Any]) -> dict[str, Any]:
+    return page | {"episodes": measured_on(run, _folder(run, key), table, page["columns"], page["rows"])}
 
 
 def _entry(run: Run, folder: ExperimentFolder) -> dict[str, Any]:

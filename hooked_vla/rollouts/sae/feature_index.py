@@ -1,11 +1,8 @@
 """Reading an index of features: see index.py for what is in it and how it is made."""
 
-import os
 import shutil
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,43 +11,23 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from hooked_vla.extras import needs_analysis_extra, needs_packages
+from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.folders import read_manifest
+from hooked_vla.rollouts.sae.duck import TABLES, Shared, open_index, spill_of
 from hooked_vla.rollouts.sae.feature_page import Html, feature_page
 from hooked_vla.sae.descriptions import TextSearch
 from hooked_vla.sae.rows import NONE
 
-with needs_packages(("duckdb",), "the index of features needs: pip install 'hooked-vla[sae]'"):
-    import duckdb
 with needs_analysis_extra():
     import pandas as pd
 
 FORMAT = "hooked-vla feature index 2"
 MANIFEST, COMPLETE = "manifest.json", "complete"
-TABLES = (
-    "frames", "layout", "peaks", "shares", "concepts", "neighbours", "histograms", "directions", "features",
-)  # fmt: skip
 # what a plan is labelled with
 _LABELS = "frames.* EXCLUDE (episode, env_step, first_row, last_row)"
 # of the histograms of features' values
 N_BINS = 40
 NEIGHBOURS = ("decoder", "coactive")
-
-
-def close_connection(connection: "duckdb.DuckDBPyConnection", seconds: float = 5.0) -> None:
-    """Close a connection and its cursors, ending the queries that run on them; after so long it is left as it is."""
-    ends = time.monotonic() + seconds
-    while True:
-        try:
-            connection.close()
-            return
-        except duckdb.Error:
-            # a cursor of it is busy in another thread
-            if time.monotonic() > ends:
-                return
-            with suppress(duckdb.Error):
-                connection.interrupt()
-            time.sleep(0.02)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +88,7 @@ class FeatureIndex:
 
         Raises FileNotFoundError for a folder without an index, ValueError for one that is damaged or unfinished."""
         self.folder, self.memory = Path(folder), memory
-        self._spill = _spill(self.folder) if spill is None else Path(spill)
+        self._spill = spill_of(self.folder) if spill is None else Path(spill)
         self.manifest = read_manifest(self.folder / MANIFEST, FORMAT, "an index of features")
         if not self.manifest[COMPLETE]:
             raise ValueError(f"the index {folder} is not complete: run what makes it again")
@@ -121,14 +98,14 @@ class FeatureIndex:
         self.site: str = self.manifest["site"]
         self.model: str = self.manifest["model"]
         self.n_features: int = self.manifest["n_features"]
-        self._duck: duckdb.DuckDBPyConnection | None = None
+        self._duck: Shared | None = None
         self._lock = threading.Lock()
 
     def sql(self, query: str, parameters: Sequence[Any] | None = None) -> pd.DataFrame:
         """What DuckDB answers. Raises duckdb.Error for a query that it does not understand, and damaged files."""
         with self._lock:
             if self._duck is None:
-                self._duck = _reader(self.folder, self.memory, self._spill)
+                self._duck = open_index(self.folder, self.memory, self._spill)
             duck = self._duck.cursor()
         try:
             return duck.execute(query, parameters or []).df()
@@ -139,7 +116,7 @@ class FeatureIndex:
         """Let go of the connection; the next query makes another."""
         with self._lock:
             if self._duck is not None:
-                close_connection(self._duck)
+                self._duck.close()
                 self._duck = None
                 shutil.rmtree(self._spill, ignore_errors=True)
 
@@ -379,46 +356,3 @@ class FeatureIndex:
     def _check(self, feature: int) -> None:
         if not 0 <= feature < self.n_features:
             raise ValueError(f"no feature {feature}: the SAE of {self.site} has 0..{self.n_features - 1}")
-
-
-@contextmanager
-def connect(folder: Path, memory: str) -> "Iterator[duckdb.DuckDBPyConnection]":
-    """DuckDB with the tables of an index as far as they are there; what does not fit into memory goes to disk beside
-    them. Nothing is downloaded."""
-    # one thread: sums are the same every time
-    settings = {"memory_limit": memory, "temp_directory": str(_spill(folder)), "threads": 1,
-                "autoinstall_known_extensions": False}  # fmt: skip
-    duck = duckdb.connect(config=settings)
-    try:
-        for name in (*TABLES, "activations"):
-            view(duck, folder, name)
-        yield duck
-    finally:
-        duck.close()
-        shutil.rmtree(_spill(folder), ignore_errors=True)
-
-
-def _spill(folder: Path) -> Path:
-    return folder / f".spill-{os.getpid()}"
-
-
-def _reader(folder: Path, memory: str, spill: Path) -> "duckdb.DuckDBPyConnection":
-    """A connection that only reads, and that only the folder."""
-    # absolute: it is compared with what may be read
-    folder = folder.absolute()
-    duck = duckdb.connect(config={
-        "memory_limit": memory, "temp_directory": str(spill.absolute()), "threads": 1,
-        "autoinstall_known_extensions": False, "autoload_known_extensions": False, "python_enable_replacements": False,
-    })  # fmt: skip
-    for name in (*TABLES, "activations"):
-        view(duck, folder, name)
-    duck.execute("SET allowed_directories = ?", [[f"{folder}/"]])
-    duck.execute("SET enable_external_access = false")
-    return duck
-
-
-def view(duck: "duckdb.DuckDBPyConnection", folder: Path, name: str) -> None:
-    """Let a table of an index be asked by its name, where it is there."""
-    if any(folder.glob(files := "activations/*.parquet" if name == "activations" else f"{name}.parquet")):
-        quoted = str(folder / files).replace("'", "''")
-        duck.execute(f"CREATE OR REPLACE VIEW {name} AS SELECT * FROM read_parquet('{quoted}')")

@@ -39,7 +39,8 @@ from hooked_vla.folders import lock, read_manifest, write_json
 from hooked_vla.interventions.values import digest
 from hooked_vla.rollouts.labelled import folder_labels
 from hooked_vla.rollouts.sae.collect import ROLLOUTS
-from hooked_vla.rollouts.sae.feature_index import COMPLETE, FORMAT, MANIFEST, N_BINS, FeatureIndex, connect, view
+from hooked_vla.rollouts.sae.duck import connect, view
+from hooked_vla.rollouts.sae.feature_index import COMPLETE, FORMAT, MANIFEST, N_BINS, FeatureIndex
 from hooked_vla.rollouts.sae.loop_arms import weights_hash
 from hooked_vla.sae.autoencoder import SparseAutoencoder
 from hooked_vla.sae.concepts import Concept, directions, find_concepts

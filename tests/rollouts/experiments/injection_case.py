@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
+from unchecked import unchecked_shapes
 
 from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.definition import find_experiment
@@ -26,14 +26,15 @@ def context(experiment: str, out: Path, **settings: Any) -> Context:
 
 
 def run(experiment: str, out: Path, **settings: Any) -> tuple[Context, Any]:
+    """`run_context` of `context`."""
+    return run_context(context(experiment, out, **settings))
+
+
+def run_context(made: Context) -> tuple[Context, Any]:
     """The run's context and outcome, written as users get it; without runtime shape checks, which take most of the
     time."""
-    made = context(experiment, out, **settings)
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
+    with unchecked_shapes():
         made.claim()
         outcome = made.definition.module.run(made, made.definition.settle(False))
         write_outcome(made, outcome)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
     return made, outcome

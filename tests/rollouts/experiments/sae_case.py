@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import injection_case
-import jaxtyping
 
 from hooked_vla.rollouts.experiments.context import Context
-from hooked_vla.rollouts.experiments.report import write_outcome
 
 TINY = {"shipped": False, "train_episodes": 2, "train_steps": 4, "train_batch": 32}
 
@@ -20,14 +18,5 @@ def context(experiment: str, out: Path, **settings: Any) -> Context:
 
 
 def run(experiment: str, out: Path, **settings: Any) -> tuple[Context, Any]:
-    """The run's context and outcome, written as users get it; without runtime shape checks, which take most of the
-    time."""
-    made = context(experiment, out, **settings)
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        made.claim()
-        outcome = made.definition.module.run(made, made.definition.settle(False))
-        write_outcome(made, outcome)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-    return made, outcome
+    """`run_context` of `context`."""
+    return injection_case.run_context(context(experiment, out, **settings))

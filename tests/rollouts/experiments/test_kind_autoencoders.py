@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import jaxtyping
 import pytest
 import torch
 from sae_case import context
@@ -12,7 +11,6 @@ from hooked_vla.rollouts.experiments.kinds.autoencoders import (
     COLUMNS,
     HELD_OUT,
     activations,
-    autoencoder_table,
     autoencoders,
     origin_notes,
     sae_sites,
@@ -21,15 +19,9 @@ from hooked_vla.rollouts.records import read_episodes
 from hooked_vla.sae import files
 from hooked_vla.sae.autoencoder import SparseAutoencoder
 
+pytestmark = pytest.mark.usefixtures("unchecked_shapes")
+
 VLM, EXPERT = "vlm.blocks.1.hook_resid_post", "expert.blocks.1.hook_resid_post"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _unchecked_shapes():
-    """Runtime shape checks of the model off: other tests have them on, and they take most of the time."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +35,8 @@ def made(tmp_path_factory):
 def test_what_is_trained_is_told_and_found_again(made, monkeypatch) -> None:
     settings = made.definition.settle(False)
     monkeypatch.setattr(module, "train_on_store", None)
-    saes = autoencoders(made, [VLM, EXPERT], settings)
+    saes, table = autoencoders(made, [VLM, EXPERT], settings)
     assert [sae.config.site for sae in saes] == [VLM, EXPERT]
-    table = autoencoder_table(made, [VLM, EXPERT], settings)
     assert tuple(table.columns) == COLUMNS and table["origin"].tolist() == ["this run"] * 2
     assert table["steps"].tolist() == [4, 4] and table["episodes"].tolist() == [2, 2]
     assert min(table["rows"].tolist()) > 0
@@ -69,7 +60,7 @@ def test_a_label_is_of_one_set(made) -> None:
 def test_several_sets_share_activations(made) -> None:
     """Only what differs is made anew."""
     settings = made.definition.settle(False)
-    [vlm, expert] = autoencoders(
+    [vlm, expert], _ = autoencoders(
         made, [VLM, EXPERT], settings, label="wide", changes={"n_features": 40, "k": 3}, stored="saes"
     )
     assert vlm.config.n_features == 40 == expert.config.n_features and vlm.config.k == 3
@@ -85,14 +76,13 @@ def test_the_packages_are_taken_where_there_are_any(made, tmp_path, monkeypatch)
     assert sae_sites(run, settings) == [EXPERT] and sae_sites(run, replace(settings, sites=(VLM,))) == [VLM]
     with monkeypatch.context() as patched:
         patched.setattr(module, "train_on_store", None)
-        [sae] = autoencoders(run, [EXPERT], settings)
+        [sae], table = autoencoders(run, [EXPERT], settings)
     assert torch.equal(sae.w_enc, trained.w_enc) and not run.folder("saes").exists()
-    table = autoencoder_table(run, [EXPERT], settings)
     assert table["origin"].tolist() == ["package"] and table["rows"].tolist()[0] > 0
     assert origin_notes(table, settings) == [f"The autoencoders of {EXPERT} come with the package."]
     # those of other rows are not what is asked for
-    autoencoders(run, [EXPERT], settings, pooling="mean", label="means")
-    assert autoencoder_table(run, [EXPERT], settings, "mean", "means")["origin"].tolist() == ["this run"]
+    _, table = autoencoders(run, [EXPERT], settings, pooling="mean", label="means")
+    assert table["origin"].tolist() == ["this run"]
 
 
 def test_sites_are_the_middle_of_each_pathway(made) -> None:

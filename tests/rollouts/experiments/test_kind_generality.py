@@ -4,17 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from injection_case import run_context
 from report_numbers import unknown_numbers
 
 from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.definition import find_experiment
 from hooked_vla.rollouts.experiments.kinds import generality as kind
-from hooked_vla.rollouts.experiments.report import write_outcome
 from hooked_vla.rollouts.jobs import ModelSource
 from hooked_vla.rollouts.records import read_episodes
 from hooked_vla.rollouts.settings import Options
@@ -38,13 +37,7 @@ def context(out: Path, **settings: Any) -> Context:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    made = context(tmp_path_factory.mktemp("e10") / "run")
-    jaxtyping.config.update("jaxtyping_disable", True)
-    made.claim()
-    outcome = kind.run(made, made.definition.settle(False))
-    write_outcome(made, outcome)
-    jaxtyping.config.update("jaxtyping_disable", False)
-    return made, outcome
+    return run_context(context(tmp_path_factory.mktemp("e10") / "run"))
 
 
 def test_all_autoencoders_have_equal_frames_and_are_judged_twice(done) -> None:

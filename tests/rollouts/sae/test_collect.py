@@ -5,7 +5,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -28,18 +27,12 @@ from hooked_vla.sae.store_source import StoreSource
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from toy_suite import tiny, toy_suite
 
+pytestmark = pytest.mark.usefixtures("unchecked_shapes")
+
 VLM, EXPERT, VISION = "vlm.blocks.1.hook_resid_post", "expert.blocks.0.hook_resid_post", "vision.blocks.0.hook_mlp_out"
 SITES = [VLM, EXPERT, VISION]
 OPTIONS = Options(n_envs=3, n_action_steps=4, image_size=32, max_steps=10)
 EPISODES = 7
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _unchecked_shapes():
-    """Runtime shape checks of the model off: other tests have them on, and they take most of the time."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module")

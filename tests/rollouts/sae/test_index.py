@@ -6,7 +6,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import jaxtyping
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -33,17 +32,11 @@ from hooked_vla.sae.store import TokenStore
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from toy_suite import tiny, toy_suite
 
+pytestmark = pytest.mark.usefixtures("unchecked_shapes")
+
 VLM, EXPERT = "vlm.blocks.1.hook_resid_post", "expert.blocks.0.hook_resid_post"
 OPTIONS = Options(n_envs=4, n_action_steps=4, image_size=32, max_steps=12)
 BLOCK = 150
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _unchecked_shapes():
-    """Runtime shape checks of the model off: other tests have them on, and they take most of the time."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True)

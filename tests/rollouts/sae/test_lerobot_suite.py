@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import av
-import jaxtyping
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,18 +27,12 @@ from hooked_vla.sae.store import TokenStore
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from toy_suite import tiny
 
+pytestmark = pytest.mark.usefixtures("unchecked_shapes")
+
 VLM, EXPERT = "vlm.blocks.1.hook_resid_post", "expert.blocks.0.hook_resid_post"
 LENGTHS = (9, 6, 11, 8)
 OPTIONS = Options(n_envs=2, n_action_steps=4)
 CAMERAS = ("agent", "wrist")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _unchecked_shapes():
-    """Runtime shape checks of the model off: other tests have them on, and they take most of the time."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def episode(number: int, n: int) -> Episode:

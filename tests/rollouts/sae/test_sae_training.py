@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import jaxtyping
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -18,17 +17,11 @@ from hooked_vla.rollouts.suites import get_suite
 from hooked_vla.sae.autoencoder import SparseAutoencoder
 from hooked_vla.sae.store import TokenStore
 
+pytestmark = pytest.mark.usefixtures("unchecked_shapes")
+
 SITES = "expert.blocks.[01].hook_resid_post"
 SITE = "expert.blocks.1.hook_resid_post"
 LITTLE = replace(QUICK, steps=50, batch_size=64, buffer_rows=2560, evaluated=800)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _unchecked_shapes():
-    """Runtime shape checks of the model off: other tests have them on, and they take most of the time."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def call(*arguments: str):

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import jaxtyping
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
+from unchecked import unchecked_shapes
 
 from hooked_vla import HookedVLA
 from hooked_vla.cli import app
@@ -38,8 +38,7 @@ def _place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """An empty folder, short episodes, little training, and an autoencoder of the package: a small one where the
     package has none of that name. Without runtime shape checks, which other tests have."""
     folder = tmp_path_factory.mktemp("page")
-    jaxtyping.config.update("jaxtyping_disable", True)
-    with pytest.MonkeyPatch.context() as patched:
+    with unchecked_shapes(), pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
         patched.setitem(tabletop.SUITES, "goal", replace(get_suite("goal"), max_steps=8))
         little = replace(training.QUICK, steps=4, batch_size=64, buffer_rows=5120, evaluated=200)
@@ -49,7 +48,6 @@ def _place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             SparseAutoencoder(config).save_pretrained(folder / "package" / MODEL / SITE)
             patched.setattr(files, "SHIPPED", folder / "package")
         yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def blocks() -> list[tuple[str, str]]:

@@ -4,7 +4,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -23,16 +22,10 @@ from hooked_vla.sae.presets import preset
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from toy_suite import ToyEnv, tiny, toy_suite
 
+pytestmark = pytest.mark.usefixtures("unchecked_shapes")
+
 SITE = "expert.blocks.0.hook_resid_post"
 OPTIONS = Options(n_envs=4, n_action_steps=4, image_size=32, max_steps=8)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _unchecked_shapes():
-    """Runtime shape checks of the model off: other tests have them on, and they take most of the time."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 class TimedEnv(ToyEnv):

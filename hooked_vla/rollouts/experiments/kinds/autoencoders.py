@@ -99,36 +99,18 @@ def autoencoders(
     tasks: Sequence[str] | None = None,
     changes: Mapping[str, Any] | None = None,
     stored: str | None = None,
-) -> list[SparseAutoencoder]:
-    """An autoencoder of each site: the package's where `settings` allow it and there is one, else one that is trained
-    on the run's policy. A resumed run finds them again.
+) -> tuple[list[SparseAutoencoder], pd.DataFrame]:
+    """(autoencoders, table): an autoencoder of each site: the package's where `settings` allow it and there is one,
+    else one that is trained on the run's policy. A resumed run finds them again.
+
+    table: one row each, as in COLUMNS: what it is, where it comes from, and how well it does on held-out episodes
+    (`Evaluation`). steps, episodes: of training; missing where the package does not say.
 
     pooling: what a row is, as in `SAEConfig`. label: tells several sets of one run apart. tasks: of the suite, to train
     on. changes: to the preset (`SAEConfig.changed`). The package's are only taken where both are None. stored: the
     label of another set whose activations are trained on, its own where None.
     Raises KeyError and ValueError as `train_on_store` and `collect`; ValueError where the label was used for others.
     """
-    table = autoencoder_table(context, sites, settings, pooling, label, tasks, changes, stored)
-    origins = dict(zip(table["site"], table["origin"], strict=True))
-    folder = context.folder(label)
-    return [
-        SparseAutoencoder.from_pretrained(_name(context, site) if origins[site] == PACKAGE else folder / site)
-        for site in sites
-    ]
-
-
-def autoencoder_table(
-    context: Context,
-    sites: Sequence[str],
-    settings: SAESettings,
-    pooling: str = "token",
-    label: str = LABEL,
-    tasks: Sequence[str] | None = None,
-    changes: Mapping[str, Any] | None = None,
-    stored: str | None = None,
-) -> pd.DataFrame:
-    """What `autoencoders` gives, one row each, as in COLUMNS: what it is, where it comes from, and how well it does on
-    held-out episodes (`Evaluation`). steps, episodes: of training; missing where the package does not say."""
     name = "autoencoders" if label == LABEL else f"autoencoders_{label}"
 
     def make() -> pd.DataFrame:
@@ -140,7 +122,13 @@ def autoencoder_table(
             f"{context.out} has autoencoders {label!r} of {table['site'].tolist()}, asked for {list(sites)} "
             f"({pooling}): give them another label"
         )
-    return table
+    origins = dict(zip(table["site"], table["origin"], strict=True))
+    folder = context.folder(label)
+    saes = [
+        SparseAutoencoder.from_pretrained(_name(context, site) if origins[site] == PACKAGE else folder / site)
+        for site in sites
+    ]
+    return saes, table
 
 
 def activations(
@@ -166,7 +154,7 @@ def activations(
 
 
 def origin_notes(table: pd.DataFrame, settings: SAESettings) -> list[str]:
-    """Where the autoencoders of `autoencoder_table` come from, for a report."""
+    """Where the autoencoders of a table of `autoencoders` come from, for a report."""
     notes = []
     for origin in (PACKAGE, OWN):
         sites = ", ".join(table[table["origin"] == origin]["site"])

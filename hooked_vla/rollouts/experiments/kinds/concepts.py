@@ -20,7 +20,6 @@ from hooked_vla.rollouts.experiments.intervals import change_interval, decide, i
 from hooked_vla.rollouts.experiments.kinds.autoencoders import (
     SAESettings,
     activations,
-    autoencoder_table,
     autoencoders,
     origin_notes,
     sae_sites,
@@ -109,7 +108,7 @@ class _Site:
 
 def run(context: Context, settings: Settings) -> Outcome:
     """Raises ValueError for a model without blocks to look at, and more tasks than the suite has."""
-    saes = _saes(context, settings)
+    saes, trained = _saes(context, settings)
     store = _collected(context, settings, [sae.config.site for sae in saes])
     sites = [_site(context, settings, sae, store) for sae in saes]
     ablations = [each for site in sites for each in site.ablations]
@@ -121,7 +120,6 @@ def run(context: Context, settings: Settings) -> Outcome:
     concepts = _concepts(sites)
     failure = failures(runs, settings, ablations, context.seed)
     phases = phases_reached(main, [(each.arm.name, each) for each in ablations if each.kind in (CONCEPT, MATCHED)])
-    trained = autoencoder_table(context, [site.sae.config.site for site in sites], settings)
     told = confirmed(concepts)
     return Outcome(
         main=table,
@@ -135,8 +133,9 @@ def run(context: Context, settings: Settings) -> Outcome:
     )  # fmt: skip
 
 
-def _saes(context: Context, settings: Settings) -> list[SparseAutoencoder]:
-    """One autoencoder a pathway, of the middle one of its sites that there are, unless sites are asked for."""
+def _saes(context: Context, settings: Settings) -> tuple[list[SparseAutoencoder], pd.DataFrame]:
+    """One autoencoder a pathway, of the middle one of its sites that there are, unless sites are asked for; and their
+    table."""
     sites = sae_sites(context, settings)
     if not settings.sites:
         by_pathway: dict[str, list[str]] = {}

@@ -18,7 +18,7 @@ from hooked_vla.rollouts.arms import BASELINE
 from hooked_vla.rollouts.experiments.compare import GATE, Runs
 from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.intervals import change_interval, decide, undecided
-from hooked_vla.rollouts.experiments.kinds.autoencoders import SAESettings, autoencoder_table, autoencoders
+from hooked_vla.rollouts.experiments.kinds.autoencoders import SAESettings, autoencoders
 from hooked_vla.rollouts.experiments.kinds.battery_runs import compare_suites, limited, records, run_suite, threshold
 from hooked_vla.rollouts.experiments.kinds.heads_arms import JointArm, NoiseArm, level_sizes, measured
 from hooked_vla.rollouts.experiments.kinds.heads_figures import heads_figures
@@ -131,8 +131,8 @@ def _half(context: Context, settings: Settings, head: str) -> Half:
     for k in settings.ks:
         label = f"k{k}"
         changes, stored = {"k": k}, "saes"
-        made = autoencoders(context, sites, settings, label=label, changes=changes, stored=stored)
-        saes.append(autoencoder_table(context, sites, settings, label=label, changes=changes, stored=stored))
+        made, told = autoencoders(context, sites, settings, label=label, changes=changes, stored=stored)
+        saes.append(told)
         parts = [LoopArm(f"{SAE} {label}: {sae.config.site}", sae, "token") for sae in made]
         arms.append(JointArm(f"{SAE} {label}", tuple(parts)))
     runs = run_suite(context, settings.suite, arms, settings.episodes, options)

@@ -21,7 +21,6 @@ from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.intervals import change_interval, decide, undecided
 from hooked_vla.rollouts.experiments.kinds.autoencoders import (
     SAESettings,
-    autoencoder_table,
     autoencoders,
     origin_notes,
     sae_sites,
@@ -111,7 +110,7 @@ def run(context: Context, settings: Settings) -> Outcome:
 def _on_tokens(
     context: Context, settings: Settings, sites: Sequence[str], segments: Mapping[str, Sequence[str]]
 ) -> _Set:
-    saes = autoencoders(context, sites, settings)
+    saes, table = autoencoders(context, sites, settings)
     arms: list[LoopArm] = []
     for sae in saes:
         site = sae.config.site
@@ -122,19 +121,19 @@ def _on_tokens(
             sae, segments[site], (TOKEN,), settings.by_segment, list(steps), settings.lasts, prefix=f"{site}: "
         )  # fmt: skip
         arms += _pooled(sae, segments[site], (MEAN,), settings, f"{site}: ")
-    return _Set(TOKEN, autoencoder_table(context, sites, settings), arms)
+    return _Set(TOKEN, table, arms)
 
 
 def _on_means(
     context: Context, settings: Settings, sites: Sequence[str], segments: Mapping[str, Sequence[str]]
 ) -> _Set:
-    saes = autoencoders(context, sites, settings, MEAN, MEANS)
+    saes, table = autoencoders(context, sites, settings, MEAN, MEANS)
     arms = [
         arm
         for sae in saes
         for arm in _pooled(sae, segments[sae.config.site], (MEAN, TOKEN), settings, f"{sae.config.site}: {MEANS}: ")
     ]
-    return _Set(MEAN, autoencoder_table(context, sites, settings, MEAN, MEANS), arms)
+    return _Set(MEAN, table, arms)
 
 
 def _pooled(

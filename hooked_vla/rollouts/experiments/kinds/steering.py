@@ -22,7 +22,6 @@ from hooked_vla.rollouts.experiments.kinds.autoencoders import (
     OWN,
     SAESettings,
     activations,
-    autoencoder_table,
     autoencoders,
     origin_notes,
     sae_sites,
@@ -41,6 +40,8 @@ from hooked_vla.rollouts.experiments.kinds.steering_told import told_apart
 from hooked_vla.rollouts.experiments.outcome import Outcome, Verdict
 from hooked_vla.rollouts.sae.steering import OWN as FEATURE
 from hooked_vla.rollouts.sae.steering import RANDOM, SHAM, PhaseArm, PhaseWatcher, Steered, dose_arms, dose_response
+from hooked_vla.sae.autoencoder import SparseAutoencoder
+from hooked_vla.sae.store import TokenStore
 
 with needs_analysis_extra():
     import pandas as pd
@@ -103,7 +104,8 @@ def run(context: Context, settings: Settings) -> Outcome:
     """Raises ValueError for a suite whose states do not tell the end effector's place, and where no feature goes with a
     motion; else as `autoencoders`."""
     sites, options = sae_sites(context, settings), limited(context, settings.max_steps)
-    features, parts = _parts(context, settings, sites)
+    saes, trained = autoencoders(context, sites, settings)
+    features, parts = _parts(context, settings, saes, trained)
     arms = [arm for part in parts for arm in part.arms]
     runs = run_suite(context, settings.suite, arms, settings.episodes, options)
     steered = {part.choice.site: _steered(runs, part, settings.suite) for part in parts}
@@ -117,19 +119,20 @@ def run(context: Context, settings: Settings) -> Outcome:
     return Outcome(
         main=table,
         verdicts=_verdicts(context, settings, table, slopes, told, parts),
-        tables={**tables, "autoencoders": autoencoder_table(context, sites, settings)},
+        tables={**tables, "autoencoders": trained},
         figures=steering_figures(table, told, tables.get("phases"), [part.choice for part in parts]),
-        notes=[*origin_notes(autoencoder_table(context, sites, settings), settings), *_notes(settings, parts)],
+        notes=[*origin_notes(trained, settings), *_notes(settings, parts)],
     )  # fmt: skip
 
 
-def _parts(context: Context, settings: Settings, sites: Sequence[str]) -> tuple[pd.DataFrame, list[Steering]]:
-    """The best features of every site, and the arms of the first one."""
-    saes = autoencoders(context, sites, settings)
+def _parts(
+    context: Context, settings: Settings, saes: Sequence[SparseAutoencoder], trained: pd.DataFrame
+) -> tuple[pd.DataFrame, list[Steering]]:
+    """The best features of every site, and the arms of the first one. trained: the autoencoders' table."""
     layout = layout_of(settings.suite)
 
     def rank() -> pd.DataFrame:
-        store = _store(context, settings, sites)
+        store = _store(context, settings, trained)
         found = [rank_features(store, sae, layout, settings.densities, _N_RANKED) for sae in saes]
         return pd.concat(found, ignore_index=True)
 
@@ -144,9 +147,10 @@ def _parts(context: Context, settings: Settings, sites: Sequence[str]) -> tuple[
     return features, parts
 
 
-def _store(context: Context, settings: Settings, sites: Sequence[str]) -> Any:
+def _store(context: Context, settings: Settings, trained: pd.DataFrame) -> TokenStore:
     """Activations to choose by: those of training where there are any of all sites."""
-    if set(autoencoder_table(context, sites, settings)["origin"]) == {OWN}:
+    sites = trained["site"].tolist()
+    if set(trained["origin"]) == {OWN}:
         return activations(context, sites, settings, settings.train_episodes)
     return activations(context, sites, settings, settings.choice_episodes, "choice")
 
