@@ -15,7 +15,7 @@ from hooked_vla.atlas.worker import Worker, WorkError
 from hooked_vla.rollouts.sae.feature_index import FeatureIndex
 
 PCA, UMAP = "pca", "umap"
-# seconds: 16,384 features take about one minute
+# seconds: thousands of features take a minute or two
 _UMAP_S = 1800.0
 
 
