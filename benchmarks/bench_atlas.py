@@ -1,7 +1,8 @@
 """What the Atlas costs: opening a run of 10,000 episodes, and each of its views, asked as a browser asks.
 
 The run is generated: episodes of the scripted expert, recorded and then copied under other numbers, beside a published
-experiment whose table of episodes has as many rows. Every answer is checked for what it must hold before it is timed.
+experiment whose table of episodes has as many rows, and an index of an untrained autoencoder's features over a policy's
+activations, nearly all of which are active somewhere. Every answer is checked for what it must hold before it is timed.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,17 +24,36 @@ from harness import RESULTS, ROOT, commit, machine, write_json
 from rich.console import Console
 from rich.table import Table
 
+from hooked_vla import HookedVLA
 from hooked_vla.atlas.app import Server, create_app
 from hooked_vla.atlas.run import Run
-from hooked_vla.atlas.serve import warm_models
+from hooked_vla.atlas.serve import warm_views
 from hooked_vla.rollouts.records import MANIFEST, read_episodes, read_steps
+from hooked_vla.rollouts.sae.collect import collect
+from hooked_vla.rollouts.sae.index import build_index
+from hooked_vla.rollouts.settings import Options
 from hooked_vla.rollouts.sweep import run_rollouts
+from hooked_vla.sae.autoencoder import SparseAutoencoder
+from hooked_vla.sae.presets import preset
 
 # what was asked for: seconds to open, and milliseconds to answer
 OPEN_S, ANSWER_MS = 2.0, 300.0
 PORT = 8765
 SOURCES = 12
 EXPERIMENT = ROOT / "docs" / "results" / "E4" / "smolvla-tabletop"
+MODEL, SITE = "smolvla-tabletop", "vlm.blocks.1.hook_resid_post"
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """Size of the index: features, active ones a token, and the episodes that they are looked up in."""
+
+    n_features: int
+    k: int
+    episodes: int
+
+
+FULL, QUICK = Indexed(16_384, 32, 60), Indexed(256, 8, 2)
 
 
 def generate(folder: Path, episodes: int) -> None:
@@ -61,12 +82,27 @@ def generate(folder: Path, episodes: int) -> None:
     pq.write_table(many, folder / "E4" / "tables" / "episodes.parquet")
 
 
+def generate_index(folder: Path, size: Indexed) -> None:
+    """FOLDER/activations of a shipped policy, and FOLDER/index of an autoencoder's features over them."""
+    model = HookedVLA.from_pretrained(MODEL).requires_grad_(False)
+    options = Options(n_envs=min(4, size.episodes))
+    store = collect(model, "goal", [SITE], size.episodes, 0, folder / "activations", options=options, name=MODEL)
+    width = store.widths[SITE]
+    sae = SparseAutoencoder(
+        preset("hooked", MODEL, SITE, width, architecture="topk", n_features=size.n_features, k=size.k)
+    )
+    sae.start(store.read(SITE, torch.arange(min(store.n_rows(SITE), 4096))))
+    build_index(store, sae.eval(), folder / "index")
+
+
 def paths(client: TestClient, episodes: int) -> dict[str, tuple[str, Callable[[Any], bool]]]:
     """What the views ask for, by name: a path, and whether an answer is the right one."""
     about = client.get("/api/experiments/E4/table/episodes").json()
     measure = next(i for i, column in enumerate(about["columns"]) if column["role"] == "measure")
     rows, columns = (about["grid"][side] for side in ("rows", "columns"))
     last = episodes - 1
+    # the feature with the most to show
+    densest = client.get("/api/features/index/find?sort=density").json()["rows"][0]["feature"]
     return {
         "experiments": ("experiments", lambda said: len(said) == 1),
         "an experiment": ("experiments/E4", lambda said: len(said["tables"]) >= 4),
@@ -84,7 +120,13 @@ def paths(client: TestClient, episodes: int) -> dict[str, tuple[str, Callable[[A
         "its last page of episodes": (f"rollouts/rollouts/page/{last // 200}", lambda said: said),
         "episodes of a task": ("rollouts/rollouts/find?task=red-orange", lambda said: said),
         "an episode": (f"rollouts/rollouts/episode/{last}", lambda said: said),
-        "features": ("features", lambda said: said == []),
+        "indexes of features": ("features", lambda said: len(said) == 1),
+        "an index": ("features/index", lambda said: said),
+        "every feature's figures": ("features/index/columns", lambda said: said),
+        "their map": ("features/index/map/pca", lambda said: said),
+        "features by density": ("features/index/find?sort=density&page=1", lambda said: said),
+        "features by text": ("features/index/find?text=grasp%20red", lambda said: said),
+        "the densest feature": (f"features/index/feature/{densest}", lambda said: said["plans"]["top"]),
     }  # fmt: skip
 
 
@@ -135,21 +177,23 @@ def measure_views(client: TestClient, episodes: int, rounds: int) -> list[dict[s
 def main() -> None:
     """Measure, show and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="400 episodes: that everything works")
+    parser.add_argument("--quick", action="store_true", help="400 episodes, few features: that everything works")
     parser.add_argument("--episodes", type=int, help="of the generated run (default 10,000, quick 400)")
     parser.add_argument("--rounds", type=int, default=5, help="later answers of each view")
     parser.add_argument("--json", type=Path, default=RESULTS / "bench_atlas_cpu.json", help="where the result goes")
     options = parser.parse_args()
     torch.set_num_threads(1)
     episodes = options.episodes or (400 if options.quick else 10_000)
+    size = QUICK if options.quick else FULL
     with tempfile.TemporaryDirectory(prefix="bench-atlas-") as temporary:
         folder, cache = Path(temporary) / "RUN", Path(temporary) / "cache"
         generate(folder, episodes)
+        generate_index(folder, size)
         # the first one imports what the views need
         opened(folder, cache / "first")[0].close()
         open_ms, open_wall_ms, (run, client) = timed(lambda: opened(folder, cache))
         # as the server does in the background, while the page is up
-        warm_ms, _, _ = timed(lambda: warm_models(run))
+        warm_ms, _, _ = timed(lambda: warm_views(run))
         try:
             index_s = index_made(client)
             rows = measure_views(client, episodes, options.rounds)
@@ -159,7 +203,8 @@ def main() -> None:
     targets += [{"view": row["view"], "limit_ms": ANSWER_MS, "ms": row["first_ms"], "met": row["first_ms"] <= ANSWER_MS}
                 for row in rows]  # fmt: skip
     about = {"machine": machine(1), "commit": commit(), "date": time.strftime("%Y-%m-%d"), "episodes": episodes,
-             "rounds": options.rounds, "open_s": round(open_ms / 1e3, 3), "open_wall_s": round(open_wall_ms / 1e3, 3),
+             "index": asdict(size), "rounds": options.rounds,
+             "open_s": round(open_ms / 1e3, 3), "open_wall_s": round(open_wall_ms / 1e3, 3),
              "warm_s": round(warm_ms / 1e3, 2), "index_wall_s": round(index_s, 1)}  # fmt: skip
     write_json(options.json, {**about, "rows": rows, "targets": targets})
     table = Table("view", "first answer, ms", "later, ms", "bytes", title=f"open: {about['open_s']} s")

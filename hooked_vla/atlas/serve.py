@@ -10,6 +10,7 @@ from contextlib import closing, contextmanager, suppress
 from hooked_vla.atlas.app import Server, create_app
 from hooked_vla.atlas.routes import Conflict, NotThere
 from hooked_vla.atlas.run import Run
+from hooked_vla.atlas.views.features import get_columns
 from hooked_vla.atlas.views.films import replays
 from hooked_vla.atlas.views.live import get_options
 from hooked_vla.atlas.views.models import RUN, all_models, results
@@ -42,9 +43,9 @@ def serve(run: Run, port: int, live: bool, browser: bool, say: Callable[[str], N
 
 
 def warm(run: Run, live: bool) -> None:
-    """What takes seconds of imports, before anybody asks for it: the run's models, the process that makes films, and
-    (live) the one that lets a policy act."""
-    warm_models(run)
+    """What takes long the first time, before anybody asks for it: the run's models and features, the process that makes
+    films, and (live) the one that lets a policy act."""
+    warm_views(run)
     with suppress(WorkError, Conflict, NotThere):
         if run.rollouts:
             replays(run).run("ready", {}, READY_S)
@@ -52,13 +53,16 @@ def warm(run: Run, live: bool) -> None:
             get_options(run)
 
 
-def warm_models(run: Run) -> None:
-    """Build the run's models."""
+def warm_views(run: Run) -> None:
+    """Build the run's models, and read the figures of its features."""
     for known in all_models(run):
         if known["source"] == RUN:
             # what cannot be built says so when it is asked for
             with suppress(Exception):
                 results(run, known["key"])
+    for index in run.indexes:
+        with suppress(Exception):
+            get_columns(run, index)
 
 
 def listen(port: int) -> socket.socket:
