@@ -9,6 +9,8 @@ import numpy as np
 
 from hooked_vla.atlas.run import Run
 
+_AS_THEY_ARE = {type(None), str, bool, int}
+
 
 class NotThere(LookupError):
     """What was asked for is not in the run; its text is shown to the reader."""
@@ -90,6 +92,10 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
+        # long columns of one kind are not walked through
+        kinds = set(map(type, value))
+        if kinds <= _AS_THEY_ARE or (kinds == {float} and all(map(math.isfinite, value))):
+            return list(value)
         return [plain(each) for each in value]
     if isinstance(value, np.ndarray):
         return plain(value.tolist())
