@@ -37,7 +37,7 @@ _MAX_CACHE = 2 * 2**30
 _DIGITS = 5
 # where cameras' tokens stand, of one model: to find it out takes longer than a forward pass
 _VIEWS: dict[Any, tuple[HookedVLA, dict[str, CameraView]]] = {}
-_REPLAYS: "OrderedDict[tuple[str, int], Episode]" = OrderedDict()
+_REPLAYS: "OrderedDict[tuple[str, int, int, int], Episode]" = OrderedDict()
 
 
 @torch.no_grad()
@@ -193,7 +193,9 @@ def _rows_are_images(found: ActivationCache, site: str) -> bool:
 
 def _replayed(folder: Path, number: int) -> Episode:
     """The episode with the policy's own pictures; the last few are kept."""
-    key = (str(folder), number)
+    told = (folder / "manifest.json").stat()
+    # another run may be recorded in the same place
+    key = (str(folder), number, told.st_mtime_ns, told.st_size)
     if key in _REPLAYS:
         _REPLAYS.move_to_end(key)
         return _REPLAYS[key]

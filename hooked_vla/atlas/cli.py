@@ -18,8 +18,8 @@ def atlas(
     port: Annotated[int, typer.Option(min=0, max=65535, help="on this machine alone; 0 for any that is free")] = 8765,
     browser: Annotated[bool, typer.Option(help="open the page")] = True,
     export: Annotated[Path | None, typer.Option(help="write a static copy into this folder instead")] = None,
-    replays: Annotated[bool, typer.Option(help="into a copy, put films and attention, made by running episodes "
-                                               "again")] = True,
+    replays: Annotated[bool, typer.Option(help="into a copy, put films, attention and features' pictures, made by "
+                                               "running episodes again")] = True,
     live: Annotated[bool, typer.Option(help="let the page run a local policy in a simulator")] = True,
 ) -> None:  # fmt: skip
     """Look at recorded results in the browser: models, episodes, features, experiments."""

@@ -43,8 +43,9 @@ class Exported:
 def export_run(run: Run, folder: str | Path, replays: bool = True, progress: bool = False) -> Exported:
     """Write a copy of the page; it appears when it is complete, in place of an earlier copy.
 
-    replays: with what is made by running episodes again, films and attention, at some seconds each. What a view cannot
-    tell (a damaged file) is an error in the copy too, as on the page. progress: count the answers on standard error.
+    replays: with what is made by running episodes again, at some seconds each: films, attention, and what a feature's
+    policy saw. What a view cannot tell (a damaged file) is an error in the copy too, as on the page. progress: count
+    the answers on standard error.
     Raises FileExistsError for a folder that holds anything but such a copy, ValueError for one within the run.
     """
     target = Path(folder).resolve()

@@ -1,7 +1,6 @@
 """What a worker does for heat maps on camera images: images of an episode's plans, and where tokens stand in them."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from PIL import Image
 
 from hooked_vla.analysis.attention import camera_views
 from hooked_vla.atlas.policies import load_checked
-from hooked_vla.atlas.replays import again
+from hooked_vla.atlas.replays import again, appearing
 from hooked_vla.atlas.worker import Cancelled, Emit, WorkError
 from hooked_vla.inputs import Observation
 from hooked_vla.rollouts.records import read_manifest
@@ -22,19 +21,17 @@ def pictures(arguments: Mapping[str, Any], emit: Emit, cancelled: Cancelled) -> 
 
     arguments: folder, episode, steps, out: the folder that appears, complete, with STEP-CAMERA-NUMBER.png and
     pictures.json, which says what is in it.
-    Raises WorkError where the episode cannot be shown.
+    Raises as `again`, where the episode cannot be shown.
     """
     out = Path(arguments["out"])
     found = again(Path(arguments["folder"]), arguments["episode"], None)
-    making = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    making.mkdir(parents=True, exist_ok=True)
     steps = [step for step in arguments["steps"] if step < len(found)]
-    for i, camera in enumerate(found.images):
-        for step in steps:
-            Image.fromarray(found.images[camera][step]).save(making / f"{step}-{i}.png")
     about = {"cameras": list(found.images), "steps": steps}
-    (making / "pictures.json").write_text(json.dumps(about))
-    making.replace(out)
+    with appearing(out) as making:
+        for i, camera in enumerate(found.images):
+            for step in steps:
+                Image.fromarray(found.images[camera][step]).save(making / f"{step}-{i}.png")
+        (making / "pictures.json").write_text(json.dumps(about))
     return about
 
 

@@ -2,14 +2,16 @@
 
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hooked_vla.atlas.worker import Cancelled, Emit, WorkError
+from hooked_vla.atlas.worker import Cancelled, Emit, Refused, WorkError
 from hooked_vla.rollouts.experiments.kinds.injection_moved import moved_suite
 from hooked_vla.rollouts.records import read_manifest
-from hooked_vla.rollouts.replay import Episode, replay
+from hooked_vla.rollouts.replay import Episode, ReplayError, replay
 from hooked_vla.rollouts.suites import Suite, get_suite
 from hooked_vla.rollouts.video import Film
 
@@ -34,7 +36,8 @@ def suite_of(manifest: Mapping[str, Any]) -> Suite:
 def again(folder: Path, episode: int, image_size: int | None) -> Episode:
     """A recorded episode with its images. image_size: None for that of the policy.
 
-    Raises WorkError, saying why, where it cannot be shown.
+    Raises Refused, saying why, where it cannot be shown, and WorkError for what may pass: no memory, a file that
+    cannot be opened now.
     """
     manifest = read_manifest(folder)
     try:
@@ -46,16 +49,28 @@ def again(folder: Path, episode: int, image_size: int | None) -> Episode:
             raise ValueError(f"{manifest['settings']['max_steps']} steps of {len(cameras)} cameras at {size} pixels")
         return next(replay(folder, [episode], cameras, image_size, suite))
     except ModuleNotFoundError as error:
-        raise WorkError(
-            f"the simulator of the suite {manifest['suite']['name']!r} is not installed: {error}"
-        ) from error
+        raise Refused(f"the simulator of the suite {manifest['suite']['name']!r} is not installed: {error}") from error
     except Exception as error:
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        raise WorkError(f"the replay does not show the episode: {text}") from error
+        text = text or type(error).__name__
+        lasts = isinstance(error, ValueError | LookupError | ReplayError)
+        raise (Refused if lasts else WorkError)(f"the replay does not show the episode: {text}") from error
 
 
 def ready(arguments: Mapping[str, Any], emit: Emit, cancelled: Cancelled) -> None:
     """Nothing: that it was asked for has begun the process and its imports."""
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A folder to be filled, which gets its name when the block ends; nothing of it is left where the block fails."""
+    making = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        making.mkdir(parents=True, exist_ok=True)
+        yield making
+        making.replace(folder)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
 
 
 def film(arguments: Mapping[str, Any], emit: Emit, cancelled: Cancelled) -> dict[str, Any]:
@@ -66,15 +81,13 @@ def film(arguments: Mapping[str, Any], emit: Emit, cancelled: Cancelled) -> dict
     """
     out = Path(arguments["out"])
     found = again(Path(arguments["folder"]), arguments["episode"], arguments["image_size"])
-    making = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    making.mkdir(parents=True, exist_ok=True)
-    for i, camera in enumerate(found.images):
-        with Film(making / f"{i}.mp4", found.fps, _QUALITY, _EVERY) as film:
-            for image in found.images[camera]:
-                film.add(image)
-            film.add(found.last_images[camera])
     about = {"cameras": list(found.images), "fps": found.fps, "n_frames": len(found) + 1,
              "size": arguments["image_size"]}  # fmt: skip
-    (making / "film.json").write_text(json.dumps(about))
-    making.replace(out)
+    with appearing(out) as making:
+        for i, camera in enumerate(found.images):
+            with Film(making / f"{i}.mp4", found.fps, _QUALITY, _EVERY) as film:
+                for image in found.images[camera]:
+                    film.add(image)
+                film.add(found.last_images[camera])
+        (making / "film.json").write_text(json.dumps(about))
     return about

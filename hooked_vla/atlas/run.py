@@ -28,7 +28,7 @@ T = TypeVar("T")
 EXPERIMENT, MANIFEST, STEERED = "experiment.json", "manifest.json", "steered.csv"
 MAX_DEPTH = 4
 # of one manifest: one of 10,000 episodes is about 2 MB
-_MAX_JSON = 64 * 2**20
+MAX_JSON = 64 * 2**20
 # of a folder that somebody opens by mistake, such as their home
 MAX_FOLDERS = 20_000
 _NUMBERED = re.compile(r"\d+")
@@ -211,8 +211,8 @@ def _kind(folder: Path, about: Mapping[str, Any]) -> str | None:
 def _read(path: Path) -> tuple[dict[str, Any], str | None]:
     """A manifest and None, or {} and what is wrong with it."""
     try:
-        if path.stat().st_size > _MAX_JSON:
-            return {}, f"{path.name} is larger than {_MAX_JSON >> 20} MB"
+        if path.stat().st_size > MAX_JSON:
+            return {}, f"{path.name} is larger than {MAX_JSON >> 20} MB"
         found = json.loads(path.read_text())
     except OSError as error:
         return {}, f"{path.name} cannot be read: {error.strerror}"

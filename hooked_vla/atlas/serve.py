@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 
 from hooked_vla.atlas.app import Server, create_app
-from hooked_vla.atlas.routes import Conflict, NotThere
 from hooked_vla.atlas.run import Run
 from hooked_vla.atlas.views.features import get_columns
-from hooked_vla.atlas.views.films import replays
 from hooked_vla.atlas.views.live import get_options
 from hooked_vla.atlas.views.models import RUN, all_models, results
-from hooked_vla.atlas.worker import WorkError
+from hooked_vla.atlas.views.replayed import replays
 from hooked_vla.extras import needs_packages
 
 with needs_packages(("uvicorn",), "the Atlas needs: pip install 'hooked-vla[atlas]'"):
@@ -45,10 +43,13 @@ def serve(run: Run, port: int, live: bool, browser: bool, say: Callable[[str], N
 def warm(run: Run, live: bool) -> None:
     """What takes long the first time, before anybody asks for it: the run's models and features, the process that makes
     films, and (live) the one that lets a policy act."""
-    warm_views(run)
-    with suppress(WorkError, Conflict, NotThere):
+    # what is damaged says so when it is asked for
+    with suppress(Exception):
+        warm_views(run)
+    with suppress(Exception):
         if run.rollouts:
             replays(run).run("ready", {}, READY_S)
+    with suppress(Exception):
         if live:
             get_options(run)
 

@@ -42,11 +42,20 @@ Cancelled = Callable[[], bool]
 
 
 class WorkError(ValueError):
-    """A task did not come to its end; the text says why, for the reader of the page."""
+    """A task did not come to its end; the text says why, for the reader of the page. final: asked again it would say
+    the same; otherwise another time may be better."""
+
+    final = False
+
+
+class Refused(WorkError):
+    """What was asked for cannot be had, now or later."""
+
+    final = True
 
 
 class Interrupted(WorkError):
-    """It took too long, or its process died: another time it may come to its end."""
+    """It took too long, or its process died."""
 
 
 class Worker:
@@ -145,7 +154,7 @@ class Worker:
             if answer.get("id") != number:
                 continue
             if "error" in answer:
-                raise WorkError(str(answer["error"]))
+                raise (Refused if answer.get("final") else WorkError)(str(answer["error"]))
             if "done" in answer:
                 yield "done", answer["done"]
                 return
@@ -227,8 +236,8 @@ def _take(tasks: "queue.Queue[dict[str, Any]]", stopped: set[int]) -> None:
 def _answer(asked: Mapping[str, Any], stopped: set[int], out: IO[str]) -> None:
     number = asked["id"]
 
-    def say(kind: str, value: Any) -> None:
-        out.write(json.dumps({"id": number, kind: value}) + "\n")
+    def say(kind: str, value: Any, **more: Any) -> None:
+        out.write(json.dumps({"id": number, kind: value, **more}) + "\n")
 
     try:
         module, _, function = TASKS[asked["task"]].partition(":")
@@ -237,7 +246,9 @@ def _answer(asked: Mapping[str, Any], stopped: set[int], out: IO[str]) -> None:
     except Exception as error:
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         expected = isinstance(error, ValueError | LookupError | OSError | ImportError | RuntimeError) and text
-        say("error", text if expected else f"{type(error).__name__}: {text}")
+        # by its attribute: this module's own classes are others where it runs as a program
+        final = getattr(error, "final", False) is True
+        say("error", text if expected else f"{type(error).__name__}: {text}", final=final)
 
 
 if __name__ == "__main__":

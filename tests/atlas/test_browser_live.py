@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 PLACE = "#/live?task=red-orange&seed=3&max_steps=6"
 # the worker begins, and loads a policy
@@ -53,3 +53,22 @@ def test_what_cannot_run_is_said_at_the_form(served: str, open_page: Callable[..
         "[...document.querySelectorAll('main input, main select')].filter(each => !each.labels.length).length"
     )
     assert unlabelled == 0
+
+
+def test_nothing_is_run_while_sites_are_listed(served: str, open_page: Callable[..., Page]) -> None:
+    """One process does both, and would be busy."""
+    page = open_page(served, PLACE, expected=("409",))
+    held: list[Route] = []
+    page.route("**/api/live/sites*", lambda route: held.append(route))
+    run, add = page.get_by_role("button", name="Run"), page.get_by_role("button", name="Add an edit")
+    for status, answer in ((409, {"error": "in vain"}), (200, {"sites": [], "cameras": []})):
+        expect(run).to_be_enabled()
+        with page.expect_request("**/api/live/sites*"):
+            add.click()
+        expect(run).to_be_disabled()
+        # whatever is chosen meanwhile
+        page.get_by_label("Task", exact=True).select_option("green-cyan")
+        expect(run).to_be_disabled()
+        held.pop().fulfill(status=status, json=answer)
+        expect(run).to_be_enabled()
+        expect(page.get_by_role("alert").filter(has_text="in vain")).to_have_count(int("error" in answer))

@@ -17,6 +17,7 @@ from hooked_vla.atlas.views import episode_index, episodes, films
 from hooked_vla.atlas.views.arm_text import arm_text, shortened, told_text
 from hooked_vla.atlas.views.attention import get_attention, get_choices
 from hooked_vla.atlas.views.episode_index import EpisodeIndex
+from hooked_vla.atlas.views.replayed import replays
 from hooked_vla.atlas.worker import Interrupted, Worker, WorkError
 from hooked_vla.interventions import Ablate
 from hooked_vla.interventions.arm import EditArm
@@ -41,7 +42,7 @@ def copied(run: Run, main_folder: Path, tmp_path: Path) -> Iterator[Run]:
     shutil.copytree(main_folder, tmp_path / "run")
     found = Run.open(tmp_path / "run", cache=tmp_path / "cache")
     # to begin a process takes longer than all that it does here
-    worker = films.replays(run)
+    worker = replays(run)
     found.keep("replays", lambda: Borrowed(worker))
     yield found
     found.close()

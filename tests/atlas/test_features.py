@@ -1,8 +1,10 @@
 """Queries of the features view: against the index, the replay and the steering run; damaged and hostile folders."""
 
 import io
+import os
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +19,7 @@ from hooked_vla.atlas.routes import NotThere
 from hooked_vla.atlas.run import Run
 from hooked_vla.atlas.views import feature_map, feature_pictures, features
 from hooked_vla.atlas.views.opened_index import open_index
+from hooked_vla.atlas.worker import Worker, WorkError
 from hooked_vla.rollouts.replay import replay
 from hooked_vla.sae.descriptions import LIFT, SHARE
 
@@ -288,3 +291,48 @@ def test_a_copy_holds_what_the_page_asks_for(copied, tmp_path, monkeypatch):
     # what was steered is among them
     assert (data / "expert" / "feature" / f"{STEERED}.js").is_file()
     assert "<script" not in (data / "vlm" / "columns.js").read_text()
+
+
+def test_a_copy_without_replays_asks_no_worker(copied, tmp_path, monkeypatch):
+    _, open_copy = copied
+    asked = []
+
+    def run(self, task, *_):
+        asked.append(task)
+        raise WorkError("asked")
+
+    monkeypatch.setattr(Worker, "run", run)
+    monkeypatch.setattr(features, "EXPORTED", 3)
+    opened = open_copy()
+    # there is something to replay
+    assert opened.rollouts and features.get_index(opened, "vlm")["rollouts"] is not None
+    export.export_run(opened, tmp_path / "PAGE", replays=False)
+    assert asked == [] and (tmp_path / "PAGE" / "data" / "features" / "vlm" / "columns.js").is_file()
+
+
+def test_grids_and_pictures_are_of_the_run_that_is_there_now(copied, monkeypatch):
+    folder, open_copy = copied
+    opened, asked = open_copy(), []
+
+    def run(self, task, arguments, *_):
+        asked.append(task)
+        if "out" in arguments:
+            Path(arguments["out"]).mkdir(parents=True)
+            (Path(arguments["out"]) / "pictures.json").write_text('{"cameras": [], "steps": []}')
+        return [f"grid {len(asked)}"]
+
+    monkeypatch.setattr(Worker, "run", run)
+    manifest = folder / "activations" / "rollouts" / "manifest.json"
+    told = manifest.stat()
+
+    def look():
+        feature_pictures.get_pictures(opened, "vlm", "1")
+        return feature_pictures.get_grids(opened, "vlm")["grids"]
+
+    assert look() == look() == ["grid 2"] and asked == ["pictures", "grids"]
+    # another time, then another size at the same time
+    os.utime(manifest, ns=(told.st_atime_ns, told.st_mtime_ns + 1))
+    assert look() == ["grid 4"]
+    manifest.write_text(manifest.read_text() + "\n")
+    os.utime(manifest, ns=(told.st_atime_ns, told.st_mtime_ns + 1))
+    assert look() == ["grid 6"]

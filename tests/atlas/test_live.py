@@ -1,5 +1,6 @@
 """The twins differ by the edit alone; a session is one at a time, ends when it is told to, and when nobody listens."""
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ from hooked_vla.atlas.routes import Conflict
 from hooked_vla.atlas.run import Run
 from hooked_vla.atlas.views import live
 from hooked_vla.atlas.worker import Worker, WorkError
+from hooked_vla.sae.files import CONFIG, WEIGHTS
 
 ASKED = {"model": "smolvla-tabletop", "suite": "goal", "task": "red-orange", "seed": 3, "max_steps": 8}
 SITE = "vlm.blocks.1.hook_resid_post"
@@ -179,3 +181,44 @@ def test_autoencoders_are_found_in_the_run_and_only_there(tmp_path: Path) -> Non
     own = {name: each for name, each in found.items() if each["folder"].startswith(str(tmp_path))}
     assert list(own) == ["trained"]
     assert own["trained"]["site"] == SITE
+
+
+def test_a_config_that_leads_elsewhere_or_has_no_end_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "run"
+    for name in ("endless", "outside", "nested", "large"):
+        (root / name).mkdir(parents=True)
+        (root / name / WEIGHTS).write_bytes(b"x")
+    (root / "endless" / CONFIG).symlink_to("/dev/zero")
+    (tmp_path / "elsewhere.json").write_text("{}")
+    (root / "outside" / CONFIG).symlink_to(tmp_path / "elsewhere.json")
+    (root / "nested" / CONFIG).write_text("[" * 100_000)
+    with (root / "large" / CONFIG).open("wb") as file:
+        file.truncate(live.MAX_JSON + 1)
+    read: list[Path] = []
+    real = Path.read_bytes
+
+    def noted(path: Path) -> bytes:
+        # what has no end would take the machine with it
+        assert path.resolve() != Path("/dev/zero")
+        read.append(path.resolve())
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", noted)
+    found = live.find_saes(Run.open(root, cache=tmp_path / "cache"))
+    assert not [each for each in found.values() if each["folder"].startswith(str(tmp_path))]
+    assert [path for path in read if path.is_relative_to(tmp_path)] == [root / "nested" / CONFIG]
+
+
+@pytest.mark.parametrize("model", [None, [], "x", {"name": ["a"]}, {"name": "x" * 5000}, {"name": "a\0"}])
+def test_damaged_rollouts_leave_the_live_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: object) -> None:
+    (tmp_path / "run").mkdir()
+    about = {"format": "hooked-vla rollouts 1", "model": model, "suite": {"name": "s", "tasks": {}}, "arms": {"a": {}},
+             "settings": {}, "scenes": [["t", 0]]}  # fmt: skip
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(about))
+    run = Run.open(tmp_path, cache=tmp_path / "cache")
+    monkeypatch.setattr(Worker, "run", lambda *_: {"models": ["smolvla-tabletop"]})
+    assert live.get_options(run)["models"] == ["smolvla-tabletop"]
+    live.get_sites(run, "smolvla-tabletop")
+    run.close()

@@ -1,5 +1,6 @@
 """From a row to the episodes that it was measured on: their success is the row's."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -78,4 +79,32 @@ def test_without_rollouts_nothing_is_linked(run_folder: Path, tmp_path: Path) ->
     found = Run.open(tmp_path / "RUN", cache=tmp_path / "cache")
     page = experiments.table_page(found, "E4", "results", "0")
     assert page["rows"] and set(page["episodes"]) == {None}
+    found.close()
+
+
+def two_models(run_folder: Path, folder: Path, names: tuple[str, str]) -> Run:
+    """E8's two halves, which have the same suite, arms and names of folders (rollouts/experiments/kinds/heads.py)."""
+    shutil.copytree(run_folder / "E4", folder / "RUN" / "E8", ignore=shutil.ignore_patterns("recordings", "rollouts"))
+    for half, name in zip((folder / "RUN" / "E8", folder / "RUN" / "E8" / "discrete"), names, strict=True):
+        target = half / "rollouts" / "goal"
+        shutil.copytree(run_folder / "E4" / "rollouts" / "main", target)
+        manifest = json.loads((target / "manifest.json").read_text())
+        manifest["model"]["name"] = name
+        (target / "manifest.json").write_text(json.dumps(manifest))
+    return Run.open(folder / "RUN", cache=folder / "cache")
+
+
+def test_a_row_of_one_model_leads_to_its_episodes(run_folder: Path, tmp_path: Path) -> None:
+    found = two_models(run_folder, tmp_path, ("continuous", "discrete"))
+    rows = [["continuous", "expert"], ["discrete", "expert"], ["third", "expert"]]
+    held = measured_on(found, found.experiments["E8"], "results", ["model", "arm"], rows)
+    assert [each and each["path"] for each in held] == ["E8/rollouts/goal", "E8/discrete/rollouts/goal", None]
+    # of one that does not say its model, either could be meant
+    assert measured_on(found, found.experiments["E8"], "results", ["arm"], [["expert"]]) == [None]
+    found.close()
+
+
+def test_of_folders_that_fit_equally_none_is_meant(run_folder: Path, tmp_path: Path) -> None:
+    found = two_models(run_folder, tmp_path, ("same", "same"))
+    assert measured_on(found, found.experiments["E8"], "goal", ["model", "arm"], [["same", "expert"]]) == [None]
     found.close()

@@ -51,7 +51,7 @@ def test_a_damaged_manifest_is_listed_with_what_is_wrong(tmp_path: Path, content
 
 
 def test_a_manifest_that_no_run_writes_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "_MAX_JSON", 10)
+    monkeypatch.setattr(run_module, "MAX_JSON", 10)
     write(tmp_path / "E1" / "experiment.json", {"experiment": "E1", "seed": 700000})
     error = Run.open(tmp_path).experiments["E1"].error
     assert error is not None and "larger" in error

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from hooked_vla.atlas import serve
 from hooked_vla.atlas.run import Run
 from hooked_vla.atlas.serve import listen, make_server, quiet_end, warm
-from hooked_vla.atlas.views.films import replays
 from hooked_vla.atlas.views.live import get_options, live_of
+from hooked_vla.atlas.views.replayed import replays
 from hooked_vla.atlas.worker import Worker
 
 
@@ -56,3 +57,19 @@ def test_a_server_that_ends_is_quiet(own: Run) -> None:
         finally:
             logger.removeHandler(handler)
     assert said == ["a fault", "of another server"]
+
+
+def test_what_is_damaged_does_not_keep_the_rest_from_being_ready(own: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def damaged(run: Run) -> object:
+        raise AttributeError("a manifest without a model")
+
+    def busy(self: Worker, task: str, *_: object) -> object:
+        asked.append(task)
+        raise OSError("no process more")
+
+    monkeypatch.setattr(serve, "all_models", damaged)
+    monkeypatch.setattr(Worker, "run", busy)
+    warm(own, live=True)
+    assert asked == ["ready", "act_options"]

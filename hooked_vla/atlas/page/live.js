@@ -5,7 +5,9 @@
   const KINDS = { patch: "patch a site from another task", ablate: "ablate a site (zero)", steer: "steer an SAE feature" };
   const NAMES = { unedited: "Unedited", edited: "Edited", donor: "Patched from" };
   const SIDES = { unedited: "other", edited: "own", donor: "donor" };
-  let close = null, options = null, alive = false, running = false;
+  let close = null, options = null, alive = false, running = false, loading = 0;
+  // sites are listed by the process that acts, which does one thing at a time
+  const settle = () => document.querySelectorAll(".lv-run").forEach((button) => { button.disabled = running || loading > 0; });
 
   /* the form: what it says is the address too, so that a link asks for the same rollout */
   function form(el, params, begin) {
@@ -14,7 +16,9 @@
     const note = h("p", { class: "lv-problem", role: "alert" });
     async function loadSites() {
       if (!wanted.edits.length) return;
-      try { ({ sites, cameras } = await atlas.get("live/sites", { model: wanted.model })); note.textContent = ""; } catch (error) { sites = []; note.textContent = error.message; }
+      loading += 1;
+      settle();
+      try { ({ sites, cameras } = await atlas.get("live/sites", { model: wanted.model })); note.textContent = ""; } catch (error) { sites = []; note.textContent = error.message; } finally { loading -= 1; settle(); }
     }
     function field(label, node) {
       const id = `live-${label.replace(/\W+/g, "-").toLowerCase()}-${(fields += 1)}`;
@@ -66,7 +70,7 @@
         wanted.edits.map(edit),
         h("div", { class: "fields" },
           wanted.edits.length < options.max_edits ? h("button", { type: "button", on: { click: async () => { wanted.edits.push({ edit: "patch", tokens: "", feature: "0", scale: "1", shift: "1" }); if (!sites.length) await loadSites(); draw(); } } }, "Add an edit") : null,
-          h("button", { type: "submit", class: "primary", disabled: running }, "Run")), note));
+          h("button", { type: "submit", class: "primary lv-run", disabled: running || loading > 0 }, "Run")), note));
       if (focused) document.getElementById(focused)?.focus();
       say();
     }
@@ -183,7 +187,7 @@
       const asked = h("div"), played = h("div", { class: "lv-stage" });
       el.replaceChildren(h("h1", {}, "Live"), h("p", { class: "soft" }, `A policy of this machine on the tabletop: unedited and edited, from the same start and the same noise, one rollout at a time and for ${options.seconds} seconds at most. Changes act on the edited one alone.`), asked, played);
       // the form may be drawn later than the rollout begins
-      const busy = (now_) => { running = now_; asked.querySelectorAll("[type=submit]").forEach((button) => { button.disabled = now_; }); };
+      const busy = (now_) => { running = now_; settle(); };
       const listen = () => {
         if (close) close();
         busy(true);

@@ -5,9 +5,10 @@ Addresses write the colon of a token segment ("image:top") as "~", since they be
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ from hooked_vla.atlas.routes import NotThere, Route
 from hooked_vla.atlas.run import Run
 from hooked_vla.atlas.views.episode_index import EpisodeIndex, episode_number, find_rollout
 from hooked_vla.atlas.views.episodes import exported_episodes
-from hooked_vla.atlas.views.films import replays
+from hooked_vla.atlas.views.replayed import fair, replays, stamp
 from hooked_vla.atlas.worker import WorkError
 from hooked_vla.folders import write_file
 
 ATTENTION_S = 240.0
 # answers that are kept; one of a small model takes 10 kB
 KEPT = 4000
-# of an export: episodes of a folder and folders, and plans of an episode, of each all sites and askers
-EXPORTED, EXPORTED_FOLDERS, EXPORTED_PLANS = 2, 2, 2
+# of an export: episodes of a folder and plans of an episode, and such plans and their maps in all
+EXPORTED, EXPORTED_PLANS, EXPORTED_IN_ALL, EXPORTED_MAPS = 2, 2, 96, 480
+# maps of one plan
+_MAPS = 60
 _MAX_STEP = 10**6
 
 
@@ -51,7 +54,7 @@ def _asked(run: Run, rollout: str, episode: str, step: str, site: str, queries: 
     n = folder.manifest.get("settings", {}).get("n_action_steps")
     # steps of one plan share its answer
     at -= at % n if isinstance(n, int) and n > 0 else 0
-    stamps = [(each.stat().st_mtime_ns, each.stat().st_size) for each in (row, steps, folder.path / "manifest.json")]
+    stamps = [stamp(each) for each in (row, steps, folder.path / "manifest.json")]
     name = hashlib.sha256(repr((rollout, number, stamps, at, site, queries)).encode()).hexdigest()[:32]
     file = run.cache / "attention" / f"{name}.json"
     with suppress(OSError, ValueError):
@@ -74,30 +77,36 @@ def _keep(file: Path, found: Mapping[str, Any]) -> None:
             each.unlink(missing_ok=True)
 
 
-def _exported_choices(run: Run) -> Iterator[dict[str, str]]:
-    folders: set[str] = set()
-    for each in exported_episodes(run, EXPORTED):
-        folders.add(each["rollout"])
-        if len(folders) > EXPORTED_FOLDERS:
-            return
-        n = run.rollouts[each["rollout"]].manifest["settings"].get("n_action_steps")
-        for plan in range(EXPORTED_PLANS if isinstance(n, int) else 0):
-            yield {**each, "step": str(plan * (n or 1))}
+def exported_choices(run: Run) -> Iterator[dict[str, str]]:
+    """The plans that an export holds: the first of every folder's first episodes, EXPORTED_IN_ALL in all."""
+    folders = groupby(exported_episodes(run, EXPORTED), itemgetter("rollout"))
+    return fair((_plans(run, key, list(episodes)) for key, episodes in folders), EXPORTED_IN_ALL)
 
 
-def _exported_attention(run: Run) -> Iterator[dict[str, str]]:
-    for each in _exported_choices(run):
-        found = get_choices(run, **each)
-        pairs = (
-            (site["site"], queries) for site in found.get("sites", ()) if site["sees"] for queries in site["queries"]
-        )
-        for site, queries in islice(pairs, 60):
-            yield {**each, "site": site, "queries": queries.replace(":", "~")}
+def _plans(run: Run, key: str, episodes: Sequence[dict[str, str]]) -> Iterator[dict[str, str]]:
+    n = run.rollouts[key].manifest["settings"].get("n_action_steps")
+    for plan in range(EXPORTED_PLANS if isinstance(n, int) else 0):
+        # episodes side by side: the page compares them
+        yield from ({**each, "step": str(plan * (n or 1))} for each in episodes)
+
+
+def exported_attention(run: Run) -> Iterator[dict[str, str]]:
+    """The maps that an export holds of these plans, EXPORTED_MAPS in all."""
+    return fair((_maps(run, each) for each in exported_choices(run)), EXPORTED_MAPS)
+
+
+def _maps(run: Run, plan: dict[str, str]) -> Iterator[dict[str, str]]:
+    sites = [site for site in get_choices(run, **plan).get("sites", ()) if site["sees"]]
+    # the page begins with the last site that an action depends on, and the last asker
+    sites = sorted(reversed(sites), key=lambda site: not site["reaches_action"])
+    pairs = ((site["site"], queries) for site in sites for queries in reversed(site["queries"]))
+    for site, queries in islice(pairs, _MAPS):
+        yield {**plan, "site": site, "queries": queries.replace(":", "~")}
 
 
 ROUTES = [
-    Route("rollouts/{rollout}/episode/{episode}/attention/{step}", get_choices, listing=_exported_choices,
+    Route("rollouts/{rollout}/episode/{episode}/attention/{step}", get_choices, listing=exported_choices,
           replays=True),
     Route("rollouts/{rollout}/episode/{episode}/attention/{step}/{site}/{queries}", get_attention,
-          listing=_exported_attention, replays=True),
+          listing=exported_attention, replays=True),
 ]  # fmt: skip

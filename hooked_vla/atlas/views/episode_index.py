@@ -18,6 +18,7 @@ from typing import Any
 from hooked_vla.atlas.routes import NotThere
 from hooked_vla.atlas.run import RolloutFolder, Run
 from hooked_vla.rollouts import needs_sim_extra
+from hooked_vla.rollouts.sae.duck import exactly
 
 with needs_sim_extra():
     import pyarrow as pa
@@ -193,8 +194,8 @@ class EpisodeIndex:
         )  # the names are this file's own
         found = self.run.duckdb().sql(
             f"SELECT regexp_extract(filename, '(\\d{{9}})\\.parquet$', 1)::BIGINT AS episode, {columns}, "
-            "NULL::VARCHAR AS damage FROM read_parquet(?, filename = true)",
-            params=[[str(file) for file in files]],
+            "NULL::VARCHAR AS damage FROM read_parquet(?, hive_partitioning = false, filename = true)",
+            params=[[exactly(file) for file in files]],
         )
         return found.to_arrow_table().cast(_SCHEMA)
 

@@ -7,6 +7,7 @@ from typing import Any
 from hooked_vla.atlas.routes import NotThere
 from hooked_vla.atlas.run import RolloutFolder, Run
 from hooked_vla.atlas.views.episode_index import EpisodeIndex
+from hooked_vla.rollouts.sae.duck import FILE_ROWS, exactly
 
 # metres and radians: a tenth of a millimetre
 _DIGITS = 4
@@ -15,10 +16,10 @@ _MAX_STEPS = 72_000
 
 _XYZ = ("x", "y", "z")
 _STEPS = (
-    "SELECT env_step, chunk, chunk_step, state, action, reward, phase, poses FROM read_parquet(?) ORDER BY env_step "
+    f"SELECT env_step, chunk, chunk_step, state, action, reward, phase, poses FROM {FILE_ROWS} ORDER BY env_step "
     f"LIMIT {_MAX_STEPS}"
 )
-_END = "SELECT final_state, final_phase, final_poses, total_reward FROM read_parquet(?)"
+_END = f"SELECT final_state, final_phase, final_poses, total_reward FROM {FILE_ROWS}"
 _TWIST = ("Δx", "Δy", "Δz", "Δroll", "Δpitch", "Δyaw", "gripper")
 
 
@@ -97,7 +98,7 @@ def _read(run: Run, index: EpisodeIndex, number: int) -> tuple[list[dict[str, An
 
 
 def _rows(run: Run, asked: str, file: str) -> list[dict[str, Any]]:
-    cursor = run.duckdb().execute(asked, [file])
+    cursor = run.duckdb().execute(asked, [exactly(file)])
     names = [column[0] for column in cursor.description or ()]
     return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 

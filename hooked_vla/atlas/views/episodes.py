@@ -12,6 +12,7 @@ from hooked_vla.atlas.run import RolloutFolder, Run
 from hooked_vla.atlas.views.arm_text import arm_text, shortened, told_text
 from hooked_vla.atlas.views.episode_index import COLUMNS, EpisodeIndex, episode_number, find_rollout
 from hooked_vla.atlas.views.episode_tracks import make_tracks
+from hooked_vla.rollouts.sae.duck import FILE_ROWS, exactly
 from hooked_vla.rollouts.summary import Rate
 
 PAGE = 200
@@ -19,7 +20,7 @@ PAGE = 200
 EXPORTED_PAGES = 25
 EXPORTED_TRACKS = 240
 
-_ROWS = "SELECT * EXCLUDE (damage), damage FROM read_parquet(?)"
+_ROWS = f"SELECT * EXCLUDE (damage), damage FROM {FILE_ROWS}"
 _OUTCOMES = {"": "TRUE", "success": "success", "failure": "NOT success", "damaged": "damage IS NOT NULL"}
 _ORDERS = {
     "": "episode",
@@ -96,9 +97,9 @@ def find_episodes(
         total, rows = len(numbers), index.rows(numbers[start : start + PAGE])
     else:
         where = f"(? = '' OR arm = ?) AND (? = '' OR task = ?) AND {_OUTCOMES[outcome]}"
-        given = [str(state.file), arm, arm, task, task]
+        given = [exactly(state.file), arm, arm, task, task]
         cursor = run.duckdb()
-        total = _one(cursor.execute(f"SELECT count(*) FROM read_parquet(?) WHERE {where}", given))
+        total = _one(cursor.execute(f"SELECT count(*) FROM {FILE_ROWS} WHERE {where}", given))
         asked = f"{_ROWS} WHERE {where} ORDER BY {_ORDERS[order]} LIMIT {PAGE} OFFSET ?"
         rows = _dicts(cursor.execute(asked, [*given, start]))
     if not rows and start:
@@ -146,10 +147,8 @@ def cell_of(run: Run, rollout: str, task: str, seed: int) -> list[dict[str, Any]
     index = EpisodeIndex.of(run, rollout)
     state = index.state(0.0)
     if state.file is not None:
-        asked = (
-            "SELECT episode, arm, success, n_steps FROM read_parquet(?) WHERE task = ? AND seed = ? ORDER BY episode"
-        )
-        found = _dicts(run.duckdb().execute(asked, [str(state.file), task, seed]))
+        asked = f"SELECT episode, arm, success, n_steps FROM {FILE_ROWS} WHERE task = ? AND seed = ? ORDER BY episode"
+        found = _dicts(run.duckdb().execute(asked, [exactly(state.file), task, seed]))
     else:
         scenes = [tuple(scene) for scene in folder.manifest["scenes"]]
         at = scenes.index((task, seed)) if (task, seed) in scenes else None
@@ -241,10 +240,10 @@ def _kind(about: Mapping[str, Any]) -> str:
 def _rates(run: Run, file: str, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Of every arm, its rate over all tasks ("task" None) and of each task, in the manifest's order."""
     asked = (
-        "SELECT arm, task, sum(success::INTEGER)::INTEGER, count(*)::INTEGER FROM read_parquet(?) WHERE damage IS NULL "
+        f"SELECT arm, task, sum(success::INTEGER)::INTEGER, count(*)::INTEGER FROM {FILE_ROWS} WHERE damage IS NULL "
         "GROUP BY GROUPING SETS ((arm), (arm, task))"
     )
-    found = run.duckdb().execute(asked, [file]).fetchall()
+    found = run.duckdb().execute(asked, [exactly(file)]).fetchall()
     arms = {name: i for i, name in enumerate(manifest["arms"])}
     tasks = {name: i for i, name in enumerate(manifest["suite"]["tasks"])}
     found.sort(key=lambda each: (arms.get(each[0], len(arms)), each[0], each[1] is not None, tasks.get(each[1], 0)))
@@ -257,7 +256,7 @@ def _rates(run: Run, file: str, manifest: Mapping[str, Any]) -> list[dict[str, A
 
 
 def _count(run: Run, file: str) -> int:
-    return _one(run.duckdb().execute("SELECT count(*) FROM read_parquet(?)", [file]))
+    return _one(run.duckdb().execute(f"SELECT count(*) FROM {FILE_ROWS}", [exactly(file)]))
 
 
 def _one(cursor: Any) -> int:

@@ -2,25 +2,23 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from hooked_vla.atlas.routes import Media, NotThere, Route
-from hooked_vla.atlas.run import Run
+from hooked_vla.atlas.run import RolloutFolder, Run
 from hooked_vla.atlas.views.features import exported_features, get_feature
-from hooked_vla.atlas.views.films import replays
 from hooked_vla.atlas.views.opened_index import reading, rollouts_of, whole
-from hooked_vla.atlas.worker import Interrupted, WorkError
+from hooked_vla.atlas.views.replayed import made_folder, replays, stamp
+from hooked_vla.atlas.worker import WorkError
 from hooked_vla.folders import write_json
 from hooked_vla.rollouts.sae.feature_index import FeatureIndex
 
 _PICTURES_S, _GRIDS_S = 180.0, 120.0
-# the pictures of one episode take about half a megabyte
-_MAX_EPISODES = 2000
+# those of one episode take about half a megabyte
+MAX_BYTES = 2**30
 # episodes whose pictures an export holds, of each index
 EXPORTED_EPISODES = 60
 _ABOUT = "pictures.json"
@@ -37,7 +35,7 @@ def get_pictures(run: Run, index: str, episode: str) -> dict[str, Any]:
     """
     try:
         with reading(run, index) as found:
-            return _about(_made(run, found, whole(episode, "episode"))) | {"error": None}
+            return _made(run, found, whole(episode, "episode"))[1] | {"error": None}
     except WorkError as error:
         return {"cameras": [], "steps": [], "error": str(error)}
 
@@ -47,10 +45,9 @@ def get_picture(run: Run, index: str, episode: str, step: str, camera: str) -> M
     number, place = whole(camera, "camera"), whole(step, "step")
     try:
         with reading(run, index) as found:
-            folder = _made(run, found, whole(episode, "episode"))
+            folder, about = _made(run, found, whole(episode, "episode"))
     except WorkError as error:
         raise NotThere(str(error)) from error
-    about = _about(folder)
     if number >= len(about["cameras"]) or place not in about["steps"]:
         raise NotThere(f"no picture of camera {number} at step {place}")
     return Media((folder / f"{place}-{number}.png").read_bytes(), "image/png")
@@ -65,7 +62,7 @@ def get_grids(run: Run, index: str) -> dict[str, Any]:
         folder = rollouts_of(run, found)
         if folder is None:
             return {"grids": [], "error": _NONE}
-        out = run.cache / "grids" / f"{_name(str(folder.path), found.site)}.json"
+        out = run.cache / "grids" / f"{_name(folder, found.site)}.json"
         if not out.is_file():
             asked = {"folder": str(folder.path), "tower": found.site.startswith("vision.")}
             try:
@@ -75,47 +72,23 @@ def get_grids(run: Run, index: str) -> dict[str, Any]:
         return {"grids": json.loads(out.read_text()), "error": None}
 
 
-def _made(run: Run, index: FeatureIndex, episode: int) -> Path:
-    """The folder of an episode's pictures, made now if need be. Raises NotThere, WorkError."""
+def _made(run: Run, index: FeatureIndex, episode: int) -> tuple[Path, dict[str, Any]]:
+    """The folder of an episode's pictures, made now if need be, and what is in it. Raises NotThere, WorkError."""
     folder = rollouts_of(run, index)
     if folder is None:
         raise WorkError(_NONE)
     steps = index.sql("SELECT env_step FROM frames WHERE episode = ? ORDER BY env_step", [episode])["env_step"].tolist()
     if not steps:
         raise NotThere(f"no episode {episode} in the index")
-    manifest = folder.path / "manifest.json"
-    out = run.cache / "pictures" / _name(str(folder.path), str(manifest.stat().st_mtime_ns), str(episode), str(steps))
-    failed = run.keep("failed pictures", dict[str, str])
-    if out.name in failed:
-        raise WorkError(failed[out.name])
-    if not (out / _ABOUT).is_file():
-        asked = {"folder": str(folder.path), "episode": episode, "steps": steps, "out": str(out)}
-        try:
-            replays(run).run("pictures", asked, _PICTURES_S)
-        except WorkError as error:
-            # two that ask for the same: the second finds them made
-            if not (out / _ABOUT).is_file():
-                if not isinstance(error, Interrupted):
-                    failed[out.name] = str(error)
-                raise
-        _bound(out.parent, out)
-    return out
+    asked = {"folder": str(folder.path), "episode": episode, "steps": steps}
+    out = run.cache / "pictures" / _name(folder, episode, steps)
+    return made_folder(run, "pictures", out, _ABOUT, asked, _PICTURES_S, MAX_BYTES)
 
 
-def _about(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / _ABOUT).read_text())
-
-
-def _name(*parts: str) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-
-
-def _bound(pictures: Path, keep: Path) -> None:
-    """Remove the oldest until no more than _MAX_EPISODES are left."""
-    with suppress(OSError):
-        oldest = sorted((each for each in pictures.iterdir() if each != keep), key=lambda each: each.stat().st_mtime)
-        for each in oldest[: max(0, len(oldest) + 1 - _MAX_EPISODES)]:
-            shutil.rmtree(each, ignore_errors=True)
+def _name(folder: RolloutFolder, *parts: Any) -> str:
+    """Of what is made of a folder of rollouts: another one where another run was recorded in its place."""
+    told = repr((str(folder.path), stamp(folder.path / "manifest.json"), *parts))
+    return hashlib.sha256(told.encode()).hexdigest()[:32]
 
 
 def _exported_episodes(run: Run) -> Iterator[dict[str, str]]:
@@ -148,9 +121,8 @@ def _exported_grids(run: Run) -> Iterator[dict[str, str]]:
 
 
 ROUTES = [
-    Route("features/{index}/grids", get_grids, listing=_exported_grids),
-    Route("features/{index}/pictures/{episode}", get_pictures, listing=_exported_episodes),
-    Route(
-        "features/{index}/picture/{episode}/{step}/{camera}", get_picture, listing=_exported_pictures, media="image/png"
-    ),
-]
+    Route("features/{index}/grids", get_grids, listing=_exported_grids, replays=True),
+    Route("features/{index}/pictures/{episode}", get_pictures, listing=_exported_episodes, replays=True),
+    Route("features/{index}/picture/{episode}/{step}/{camera}", get_picture, listing=_exported_pictures,
+          media="image/png", replays=True),
+]  # fmt: skip

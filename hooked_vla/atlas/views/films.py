@@ -5,12 +5,9 @@ not there or it does not come out as it was recorded, the answer says why in pla
 """
 
 import hashlib
-import json
-import os
-import shutil
 from collections.abc import Iterator
-from contextlib import suppress
-from itertools import islice
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,8 @@ from hooked_vla.atlas.routes import Media, NotThere, Route
 from hooked_vla.atlas.run import Run
 from hooked_vla.atlas.views.episode_index import EpisodeIndex, episode_number, find_rollout
 from hooked_vla.atlas.views.episodes import exported_episodes
-from hooked_vla.atlas.worker import Interrupted, Worker, WorkError
+from hooked_vla.atlas.views.replayed import fair, made_folder, stamp
+from hooked_vla.atlas.worker import WorkError
 
 FILM_S = 180.0
 MAX_BYTES = 2 * 2**30
@@ -29,11 +27,6 @@ EXPORTED, EXPORTED_IN_ALL = 12, 160
 _ABOUT = "film.json"
 
 
-def replays(run: Run) -> Worker:
-    """The run's worker for replays: films, and attention."""
-    return run.keep("replays", lambda: Worker("replay"))
-
-
 def get_film(run: Run, rollout: str, episode: str) -> dict[str, Any]:
     """Which films of an episode there are; the first who asks waits for them.
 
@@ -42,7 +35,7 @@ def get_film(run: Run, rollout: str, episode: str) -> dict[str, Any]:
     Raises NotThere for an episode that is not recorded.
     """
     try:
-        return _about(_made(run, rollout, episode)) | {"error": None}
+        return _made(run, rollout, episode)[1] | {"error": None}
     except WorkError as error:
         return {"cameras": [], "error": str(error)}
 
@@ -50,66 +43,33 @@ def get_film(run: Run, rollout: str, episode: str) -> dict[str, Any]:
 def get_video(run: Run, rollout: str, episode: str, camera: str) -> Media:
     """One of its films, by its number. Raises NotThere."""
     try:
-        folder = _made(run, rollout, episode)
+        folder, about = _made(run, rollout, episode)
     except WorkError as error:
         raise NotThere(str(error)) from error
-    n = len(_about(folder)["cameras"])
+    n = len(about["cameras"])
     if not (camera.isascii() and camera.isdecimal() and len(camera) < 4 and int(camera) < n):
         raise NotThere(f"no camera {camera!r}; there are {n}")
     return Media((folder / f"{int(camera)}.mp4").read_bytes(), "video/mp4")
 
 
-def _made(run: Run, rollout: str, episode: str) -> Path:
-    """The folder of an episode's films, made now if need be. Raises NotThere, WorkError."""
+def _made(run: Run, rollout: str, episode: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of an episode's films, made now if need be, and what is in it. Raises NotThere, WorkError."""
     folder, number = find_rollout(run, rollout), episode_number(episode)
     index = EpisodeIndex.of(run, rollout)
     steps, row = index.episode_file("steps", number), index.episode_file("episodes", number)
     if steps is None or row is None:
         raise NotThere(f"episode {number} is not recorded in {run.shown(folder.path)}")
-    stamps = [(each.stat().st_mtime_ns, each.stat().st_size) for each in (steps, row, folder.path / "manifest.json")]
+    stamps = [stamp(each) for each in (steps, row, folder.path / "manifest.json")]
     name = hashlib.sha256(repr((rollout, number, stamps, SIZE)).encode()).hexdigest()[:32]
     out = run.cache / "films" / name
-    failed = run.keep("failed films", dict[str, str])
-    if name in failed:
-        raise WorkError(failed[name])
-    if not (out / _ABOUT).is_file():
-        try:
-            asked = {"folder": str(folder.path), "episode": number, "image_size": SIZE, "out": str(out)}
-            replays(run).run("film", asked, FILM_S)
-        except WorkError as error:
-            # two that ask for the same film: the second finds it made
-            if not (out / _ABOUT).is_file():
-                if not isinstance(error, Interrupted):
-                    failed[name] = str(error)
-                raise
-        _bound(out.parent, keep=out)
-    with suppress(OSError):
-        os.utime(out)
-    return out
-
-
-def _about(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / _ABOUT).read_text())
-
-
-def _bound(films: Path, keep: Path) -> None:
-    """Remove the films that were looked at longest ago, until the others fit."""
-    sizes = {}
-    with suppress(OSError):
-        for each in films.iterdir():
-            sizes[each] = (each.stat().st_mtime, sum(file.stat().st_size for file in each.iterdir()))
-    total = sum(size for _, size in sizes.values())
-    for each in sorted(sizes, key=lambda one: sizes[one][0]):
-        if total <= MAX_BYTES:
-            return
-        if each != keep:
-            shutil.rmtree(each, ignore_errors=True)
-            total -= sizes[each][1]
+    asked = {"folder": str(folder.path), "episode": number, "image_size": SIZE}
+    return made_folder(run, "film", out, _ABOUT, asked, FILM_S, MAX_BYTES)
 
 
 def exported_films(run: Run) -> Iterator[dict[str, str]]:
-    """The first EXPORTED episodes of every folder that an export holds, EXPORTED_IN_ALL in all."""
-    return islice(exported_episodes(run, EXPORTED), EXPORTED_IN_ALL)
+    """The first episodes of every folder that an export holds, EXPORTED of each at most and EXPORTED_IN_ALL in all."""
+    folders = groupby(exported_episodes(run, EXPORTED), itemgetter("rollout"))
+    return fair((episodes for _, episodes in folders), EXPORTED_IN_ALL)
 
 
 def _exported_videos(run: Run) -> Iterator[dict[str, str]]:

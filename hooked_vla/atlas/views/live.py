@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from hooked_vla.atlas.routes import Conflict, Events, NotThere, Route
-from hooked_vla.atlas.run import Run
+from hooked_vla.atlas.run import MAX_JSON, Run
+from hooked_vla.atlas.views.episodes import sound_keys
 from hooked_vla.atlas.worker import Worker, WorkError
 from hooked_vla.sae.config import SAEConfig
 from hooked_vla.sae.files import CONFIG, SHIPPED, WEIGHTS, shipped_saes
@@ -222,12 +223,17 @@ def find_saes(run: Run) -> dict[str, dict[str, Any]]:
 
 def _find_saes(run: Run) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    places = {name: SHIPPED / name for name in shipped_saes()}
-    places |= {run.shown(each): each for each in _folders(run.root, _DEPTH)}
-    for name, folder in places.items():
+    places = {name: (SHIPPED / name, SHIPPED / name / CONFIG) for name in shipped_saes()}
+    for folder in _folders(run.root, _DEPTH):
+        # a link could lead anywhere, and to what has no end
+        with suppress(FileNotFoundError):
+            places[run.shown(folder)] = folder, run.inside(folder / CONFIG)
+    for name, (folder, file) in places.items():
         # one that is damaged is not offered
-        with suppress(OSError, ValueError):
-            config = SAEConfig.from_json((folder / CONFIG).read_bytes())
+        with suppress(OSError, ValueError, RecursionError):
+            if file.stat().st_size > MAX_JSON:
+                continue
+            config = SAEConfig.from_json(file.read_bytes())
             found[name] = {"name": name, "site": config.site, "model": config.model, "n_features": config.n_features,
                            "folder": str(folder)}  # fmt: skip
     return found
@@ -246,8 +252,15 @@ def _folders(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _local_models(run: Run) -> list[str]:
-    names = {folder.manifest.get("model", {}).get("name") for folder in run.rollouts.values() if folder.error is None}
-    return sorted(name for name in names if isinstance(name, str) and Path(name).is_dir())
+    names = [run.rollouts[key].manifest["model"].get("name") for key in sound_keys(run)]
+    return sorted({name for name in names if isinstance(name, str) and _is_folder(name)})
+
+
+def _is_folder(name: str) -> bool:
+    # a manifest may name what no file can be called
+    with suppress(OSError):
+        return Path(name).is_dir()
+    return False
 
 
 def _known_model(run: Run, model: str) -> None:

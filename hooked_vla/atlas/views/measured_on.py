@@ -33,8 +33,11 @@ class _Held:
     def arms(self) -> dict[str, int]:
         return {name: i for i, name in enumerate(self.folder.manifest["arms"])}
 
-    def holds(self, suite: Any, arm: str, task: Any, seed: Any) -> bool:
-        if arm not in self.arms or suite not in (None, "", self.folder.manifest["suite"]["name"]):
+    def holds(self, model: Any, suite: Any, arm: str, task: Any, seed: Any) -> bool:
+        manifest = self.folder.manifest
+        if arm not in self.arms or suite not in (None, "", manifest["suite"]["name"]):
+            return False
+        if model not in (None, "", manifest["model"].get("name")):
             return False
         return task is None or self._n(task, seed) > 0
 
@@ -60,7 +63,7 @@ def measured_on(
     """For each row the episodes, {"rollout", "path", "arm", "task", "n", "episode"}, or None.
 
     Of several folders that hold the arm, the one that the table is called after is meant ("moved_object" and
-    rollouts/moved), else the one with the most arms.
+    rollouts/moved), else the one with the most arms; where several fit as well as each other, none is.
     """
     held = run.keep(f"rollouts of {experiment.key}", lambda: list(_held(run, experiment)))
     return [_find(held, table, dict(zip(columns, row, strict=True))) for row in rows] if held else [None] * len(rows)
@@ -73,16 +76,19 @@ def _held(run: Run, experiment: ExperimentFolder) -> Iterator[_Held]:
 
 
 def _find(held: Sequence[_Held], table: str, row: Mapping[str, Any]) -> dict[str, Any] | None:
-    suite, task = row.get("suite"), row.get("task") if isinstance(row.get("task"), str) else None
+    model, suite = row.get("model"), row.get("suite")
+    task = row.get("task") if isinstance(row.get("task"), str) else None
     seed = row.get("seed") if isinstance(row.get("seed"), int) else None
     for arm in _arms(row):
         again = arm == RERUN
         wanted = BASELINE if again else arm
         fits = [each for each in held if each.folder.path.name.endswith(RERUN) == again]
-        fits = [each for each in fits if each.holds(suite, wanted, task, seed)]
+        fits = [each for each in fits if each.holds(model, suite, wanted, task, seed)]
         if fits:
             named = [each for each in fits if table.startswith(each.folder.path.name)]
-            return max(named or fits, key=lambda each: len(each.arms)).link(wanted, task, seed)
+            most = max(len(each.arms) for each in named or fits)
+            best = [each for each in named or fits if len(each.arms) == most]
+            return best[0].link(wanted, task, seed) if len(best) == 1 else None
     return None
 
 

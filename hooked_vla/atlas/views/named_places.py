@@ -14,6 +14,7 @@ from hooked_vla.atlas.views.tables import quoted, schema
 from hooked_vla.hooks import names as hook_names
 from hooked_vla.hooks.model import HookedModel
 from hooked_vla.interventions.injection_sites import choose_sites
+from hooked_vla.rollouts.sae.duck import FILE_ROWS, NUMBERED_ROWS, exactly
 
 # rows of a table that is looked through, and different values of one of its columns
 MAX_ROWS, MAX_VALUES = 5000, 400
@@ -44,10 +45,10 @@ def results_of(run: Run, model: str, built: HookedModel) -> list[dict[str, Any]]
 def _named(run: Run, path: Path, built: HookedModel) -> Iterator[dict[str, Any]]:
     duck = run.duckdb()
     try:
-        real = str(run.inside(path))
-        columns = roles(schema(duck, Path(real)))
+        real = run.inside(path)
+        columns = roles(schema(duck, real))
         measures = [each for each in columns if each.role == MEASURE][:SHOWN]
-        counted = duck.execute("SELECT count(*) FROM read_parquet(?)", [real]).fetchone()
+        counted = duck.execute(f"SELECT count(*) FROM {FILE_ROWS}", [exactly(real)]).fetchone()
         if counted is None or counted[0] > MAX_ROWS:
             return
         for column in columns:
@@ -67,7 +68,7 @@ def _named(run: Run, path: Path, built: HookedModel) -> Iterator[dict[str, Any]]
 
 
 def _values(
-    duck: duckdb.DuckDBPyConnection, path: str, column: Column, columns: list[Column], measures: list[Column]
+    duck: duckdb.DuckDBPyConnection, path: Path, column: Column, columns: list[Column], measures: list[Column]
 ) -> list[tuple[Any, ...]]:
     asked = []
     for measure in measures:
@@ -76,9 +77,9 @@ def _values(
             asked.append("NULL" if name is None else f"any_value({quoted(name)})")
     name = quoted(column.name)
     return duck.execute(
-        f"SELECT {', '.join([name, 'count(*)', *asked])} FROM read_parquet(?, file_row_number => true) "
+        f"SELECT {', '.join([name, 'count(*)', *asked])} FROM {NUMBERED_ROWS} "
         f"WHERE {name} IS NOT NULL GROUP BY {name} ORDER BY min(file_row_number) LIMIT {MAX_VALUES}",
-        [path],
+        [exactly(path)],
     ).fetchall()
 
 

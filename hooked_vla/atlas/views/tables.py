@@ -11,6 +11,7 @@ import duckdb
 from hooked_vla.atlas.routes import NotThere
 from hooked_vla.atlas.run import Run
 from hooked_vla.atlas.views.columns import HIGH, KEY, LOW, MEASURE, Column, roles
+from hooked_vla.rollouts.sae.duck import FILE_ROWS, NUMBERED_ROWS, exactly
 
 PAGE_ROWS = 200
 # of a heat map's rows or columns
@@ -26,7 +27,7 @@ _WHOLE += tuple(f"U{name}" for name in _WHOLE)
 
 def schema(duck: duckdb.DuckDBPyConnection, path: Path) -> list[tuple[str, str]]:
     """Names of a table's columns, and what is in them: number, integer, text, bool or other."""
-    found = duck.execute("SELECT * FROM read_parquet(?) LIMIT 0", [str(path)]).description
+    found = duck.execute(f"SELECT * FROM {FILE_ROWS} LIMIT 0", [exactly(path)]).description
     return [(str(column[0]), _kind(str(column[1]).upper())) for column in found or ()]
 
 
@@ -43,7 +44,10 @@ def describe(run: Run, path: Path) -> dict[str, Any]:
         real = run.inside(path)
         columns = roles(schema(duck, real))
         asked = [_summary(column) for column in columns]
-        found = duck.execute(f"SELECT count(*), {', '.join(asked) or '0'} FROM read_parquet(?)", [str(real)]).fetchone()
+        found = duck.execute(
+            f"SELECT count(*), {', '.join(asked) or '0'} FROM {FILE_ROWS}",
+            [exactly(real)],
+        ).fetchone()
         total, summaries = (found[0], found[1:]) if found else (0, ())
         entry["total"] = total
         for column, summary in zip(columns, summaries, strict=False):
@@ -73,7 +77,7 @@ def _grid_columns(duck: duckdb.DuckDBPyConnection, path: Path, columns: list[dic
     if not pairs or not any(each["role"] == MEASURE for each in columns):
         return None
     counts = [f"count(DISTINCT ({quoted(columns[a]['name'])}, {quoted(columns[b]['name'])}))" for a, b in pairs]
-    found = duck.execute(f"SELECT count(*), {', '.join(counts)} FROM read_parquet(?)", [str(path)]).fetchone()
+    found = duck.execute(f"SELECT count(*), {', '.join(counts)} FROM {FILE_ROWS}", [exactly(path)]).fetchone()
     total, *cells = found or (0,)
 
     def quality(at: int) -> float:
@@ -91,7 +95,7 @@ def size_of(run: Run, path: Path) -> tuple[int, str | None]:
     """How many rows a table has and None; or 0 and what is wrong with it."""
     duck = run.duckdb()
     try:
-        found = duck.execute("SELECT num_rows FROM parquet_file_metadata(?)", [str(run.inside(path))]).fetchone()
+        found = duck.execute("SELECT num_rows FROM parquet_file_metadata(?)", [exactly(run.inside(path))]).fetchone()
         return (int(found[0]) if found else 0), None
     except (duckdb.Error, FileNotFoundError) as error:
         return 0, f"{run.shown(path)} cannot be read: {error}"
@@ -110,11 +114,10 @@ def page_of(run: Run, path: Path, page: int, where: Mapping[str, Any] | None = N
         if unknown := sorted(set(where) - set(names)):
             raise ValueError(f"{run.shown(path)} has no columns {unknown}; it has {names}")
         tests = " AND ".join(f"{quoted(name)} IS NOT DISTINCT FROM ?" for name in where) or "true"
-        bound = [str(path), *where.values()]
-        counted = duck.execute(f"SELECT count(*) FROM read_parquet(?) WHERE {tests}", bound).fetchone()
+        bound = [exactly(path), *where.values()]
+        counted = duck.execute(f"SELECT count(*) FROM {FILE_ROWS} WHERE {tests}", bound).fetchone()
         rows = duck.execute(
-            f"SELECT * FROM read_parquet(?, file_row_number => true) WHERE {tests} "
-            "ORDER BY file_row_number LIMIT ? OFFSET ?",
+            f"SELECT * FROM {NUMBERED_ROWS} WHERE {tests} ORDER BY file_row_number LIMIT ? OFFSET ?",
             [*bound, PAGE_ROWS, page * PAGE_ROWS],
         ).fetchall()
     finally:
@@ -145,10 +148,8 @@ def grid(run: Run, path: Path, measure: int, rows: int, columns: int) -> dict[st
         names = {"a": quoted(down.name), "b": quoted(across.name), "x": quoted(value.name)}
         found = duck.execute(
             "SELECT {a}, {b}, avg({x}) FILTER (isfinite({x}::DOUBLE)), count(*), {low}, {high}, min(file_row_number) "
-            "FROM read_parquet(?, file_row_number => true) GROUP BY 1, 2 ORDER BY min(file_row_number)".format(
-                **names, low=low, high=high
-            ),
-            [str(path)],
+            f"FROM {NUMBERED_ROWS} GROUP BY 1, 2 ORDER BY min(file_row_number)".format(**names, low=low, high=high),
+            [exactly(path)],
         ).fetchall()
     finally:
         duck.close()

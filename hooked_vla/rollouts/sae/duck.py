@@ -1,5 +1,6 @@
 """Connections to DuckDB: one that threads share, one that reaches some folders alone, and those of an index."""
 
+import glob
 import os
 import shutil
 import threading
@@ -18,6 +19,16 @@ TABLES = (
 )  # fmt: skip
 # no code is fetched, and no variable of Python's is a table
 _CLOSED = ("autoinstall_known_extensions", "autoload_known_extensions", "python_enable_replacements")
+
+
+def exactly(path: str | Path) -> str:
+    """A path for read_parquet, which takes brackets, stars and question marks for a pattern of paths."""
+    return glob.escape(str(path))
+
+
+# rows of the files that a query is given, with their numbers; a folder that is called "k=3" adds no column
+FILE_ROWS = "read_parquet(?, hive_partitioning = false)"
+NUMBERED_ROWS = "read_parquet(?, hive_partitioning = false, file_row_number = true)"
 
 
 class Shared:
@@ -61,7 +72,9 @@ def confined(
     duck = duckdb.connect(
         config={**dict.fromkeys(_CLOSED, False), "memory_limit": memory, "threads": threads, **places}
     )
-    duck.execute("SET allowed_directories = ?", [[f"{folder}/" for folder in folders]])
+    # a path as `exactly` gives it is compared before it is resolved, and each file that it names after
+    allowed = dict.fromkeys(f"{each}/" for folder in folders for each in (folder, exactly(folder)))
+    duck.execute("SET allowed_directories = ?", [list(allowed)])
     duck.execute("SET enable_external_access = false")
     return duck
 
@@ -99,8 +112,10 @@ def spill_of(folder: Path) -> Path:
 def view(duck: "duckdb.DuckDBPyConnection", folder: Path, name: str) -> None:
     """Let a table of an index be asked by its name, where it is there."""
     if any(folder.glob(files := "activations/*.parquet" if name == "activations" else f"{name}.parquet")):
-        quoted = str(folder / files).replace("'", "''")
-        duck.execute(f"CREATE OR REPLACE VIEW {name} AS SELECT * FROM read_parquet('{quoted}')")
+        quoted = f"{exactly(folder)}/{files}".replace("'", "''")
+        duck.execute(
+            f"CREATE OR REPLACE VIEW {name} AS SELECT * FROM read_parquet('{quoted}', hive_partitioning = false)"
+        )
 
 
 def _view_all(duck: "duckdb.DuckDBPyConnection", folder: Path) -> None:

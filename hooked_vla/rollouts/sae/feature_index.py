@@ -13,7 +13,7 @@ from jaxtyping import Float32, Int64
 
 from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.folders import read_manifest
-from hooked_vla.rollouts.sae.duck import TABLES, Shared, open_index, spill_of
+from hooked_vla.rollouts.sae.duck import FILE_ROWS, TABLES, Shared, exactly, open_index, spill_of
 from hooked_vla.rollouts.sae.feature_page import Html, feature_page
 from hooked_vla.sae.descriptions import TextSearch
 from hooked_vla.sae.rows import NONE
@@ -294,9 +294,10 @@ class FeatureIndex:
         ).to_numpy(np.int64)
         spans = (rows[:, 2:] // self.manifest["block_rows"]).tolist()
         blocks = {block for first, last in spans for block in range(first, last + 1)}
-        files = [str(self.folder.absolute() / "activations" / f"{block:06d}.parquet") for block in sorted(blocks)]
+        rows_of = self.folder.absolute() / "activations"
+        files = [exactly(rows_of / f"{block:06d}.parquet") for block in sorted(blocks)]
         active = self.sql(
-            "SELECT episode, env_step, segment, denoise_step, position, value FROM read_parquet(?) "
+            f"SELECT episode, env_step, segment, denoise_step, position, value FROM {FILE_ROWS} "
             f"JOIN {wanted} USING (episode, env_step) WHERE feature = ?",
             [files, episodes, env_steps, feature],
         )
