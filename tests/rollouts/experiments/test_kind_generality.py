@@ -23,7 +23,7 @@ from hooked_vla.sae.generality import PUBLISHED, generality
 from hooked_vla.sae.store import TokenStore
 
 SITE = "expert.blocks.1.hook_resid_post"
-TINY = {"sites": [SITE], "tasks": [1, 2], "draws": 2, "episodes": 2, "frames": 4, "held_out_episodes": 1, "steps": 4,
+TINY = {"sites": [SITE], "tasks": [1, 2], "draws": 2, "episodes": 2, "frames": 5, "held_out_episodes": 1, "steps": 4,
         "batch_size": 8, "n_shuffles": 2}  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def test_all_autoencoders_have_equal_frames_and_are_judged_twice(done) -> None:
     each = done[1].tables["autoencoders"]
     assert len(each) == 2 * 2 * 2 and set(each["judged_on"]) == {kind.OWN, kind.SAME}
     own, same = (each[each["judged_on"] == name] for name in (kind.OWN, kind.SAME))
-    # two episodes of four frames, of one task or of two; and all twelve tasks
+    # two episodes of four frames (they have no fifth), of one task or of two; and all twelve tasks
     assert (own["frames"] == 8).all() and (own["episodes"] == 2).all()
     assert (same["frames"] == 48).all() and (same["episodes"] == 12).all()
     assert each["memorised"].between(0, 1).all() and each["memorised_null"].between(0, 1).all()

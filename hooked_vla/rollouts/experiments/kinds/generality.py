@@ -56,10 +56,10 @@ _MANY = 1_000_000
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """sites: whose autoencoders, none for the middle block of each pathway. suite: where the policy acts. tasks: how
-    many of its tasks an autoencoder sees. draws: of which. episodes: that each is trained on. frames: of an episode.
-    held_out_episodes: of each task. coefficients: of the metric, libero or droid. steps, batch_size, rate: of training.
-    width_over_k: of d channels, d / width_over_k features are active, as about in the publication's larger models.
-    n_shuffles: of the null."""
+    many of its tasks an autoencoder sees. draws: of which. episodes: that each is trained on. frames: of an episode,
+    or of every one as many as the shortest has. held_out_episodes: of each task. coefficients: of the metric, libero or
+    droid. steps, batch_size, rate: of training. width_over_k: of d channels, d / width_over_k features are active, as
+    about in the publication's larger models. n_shuffles: of the null."""
 
     sites: tuple[str, ...]
     suite: str
@@ -109,6 +109,11 @@ class Frames:
             for row in read_episodes(store.folder / ROLLOUTS).select(["episode", "task"]).to_pylist():
                 self.episodes.setdefault(row["task"], []).append((number, row["episode"]))
 
+    @property
+    def shortest(self) -> int:
+        """Rows of the episode with the fewest."""
+        return min(int(np.unique(ids[:, 0], return_counts=True)[1].min()) for ids in self._ids)
+
     def of(self, episodes: Sequence[tuple[int, int]], frames: int) -> list[Part]:
         """So many rows of each of some episodes, evenly spaced from its first to its last, in order of time.
 
@@ -138,13 +143,14 @@ def values(parts: Sequence[Part], site: str) -> Float[Tensor, "n d"]:
 
 
 def run(context: Context, settings: Settings) -> Outcome:
-    """Raises ValueError for more tasks than the suite has, and an episode that is too short."""
+    """Raises ValueError for more tasks than the suite has."""
     names = [task.id for task in get_suite(settings.suite).tasks]
     if max(settings.tasks) > len(names):
         raise ValueError(f"{settings.suite} has {len(names)} tasks, asked for {max(settings.tasks)}")
     sites = list(settings.sites) or sae_sites(context, SAESettings(suite=settings.suite, shipped=False))
     plans = [_tasks(context, names, draw) for draw in range(settings.draws)]
     own, same = _collected(context, settings, sites, names, plans)
+    settings = replace(settings, frames=min(settings.frames, own.shortest, same.shortest))
     measured = cache(lambda: _measure(context, settings, sites, plans, own, same))
     each = context.table("autoencoders", lambda: measured()[0])
     features = context.table("features", lambda: measured()[1])
