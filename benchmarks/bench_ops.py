@@ -81,6 +81,8 @@ def green(ops: Sequence[str], quick: bool, device: str = "cpu", folder: Path = T
         verdicts = Path(temporary) / "tests.xml"
         # as users call the ops: without the runtime shape checks that pytest's own options switch on
         plain = ["--override-ini=addopts=", "--confcutdir", str(folder), "-p", "no:cacheprovider"]
+        # what tests share is beside their folder
+        plain.append(f"--override-ini=pythonpath={TESTS.parent}")
         command = [
             sys.executable,
             "-m",
