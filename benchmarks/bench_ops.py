@@ -80,9 +80,9 @@ def green(ops: Sequence[str], quick: bool, device: str = "cpu", folder: Path = T
     with tempfile.TemporaryDirectory() as temporary:
         verdicts = Path(temporary) / "tests.xml"
         # as users call the ops: without the runtime shape checks that pytest's own options switch on
-        plain = ["--override-ini=addopts=", "--confcutdir", str(folder), "-p", "no:cacheprovider"]
-        # what tests share is beside their folder
-        plain.append(f"--override-ini=pythonpath={TESTS.parent}")
+        # and what tests share is beside their folder
+        shared = f"--override-ini=pythonpath={TESTS.parent}"
+        plain = ["--override-ini=addopts=", shared, "--confcutdir", str(folder), "-p", "no:cacheprovider"]
         command = [
             sys.executable,
             "-m",

@@ -11,8 +11,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -25,6 +24,7 @@ from rich.console import Console
 from torch import Tensor
 
 from hooked_vla.analysis.attention import CameraView, camera_attention, camera_views
+from hooked_vla.folders import new_folder
 from hooked_vla.hooks import ActivationCache, HookPoint
 from hooked_vla.hooks.names import resolve
 from hooked_vla.inputs import ACTION, LANGUAGE, PAD, STATE, Observation, image_segment
@@ -340,18 +340,6 @@ def check_replaceable(folder: Path) -> None:
         arms = ()
     if not isinstance(arms, dict) or not {*GOALS, "A, patched at block 0"} <= set(arms):
         raise FileExistsError(f"{folder} holds something other than a demonstration's episodes: choose another folder")
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of an earlier one when the block ends without an exception."""
-    temporary = folder.with_name(f".{os.getpid()}.{folder.name}")
-    try:
-        yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def how_to_look(out: Path) -> str:

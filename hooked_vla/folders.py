@@ -3,7 +3,9 @@
 import fcntl
 import json
 import os
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +31,27 @@ def write_file(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """`write_file` for readable JSON."""
     write_file(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name when the block ends, in place of an earlier one; nothing of it is left
+    where the block fails."""
+    making = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(making, ignore_errors=True)
+    try:
+        making.mkdir(parents=True)
+        yield making
+        shutil.rmtree(folder, ignore_errors=True)
+        making.replace(folder)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+def stamp(file: Path) -> tuple[int, int]:
+    """What tells a file from another that was put in its place. Raises OSError where it is not there."""
+    told = file.stat()
+    return told.st_mtime_ns, told.st_size
 
 
 def user_cache() -> Path:

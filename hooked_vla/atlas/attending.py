@@ -18,7 +18,9 @@ from hooked_vla.atlas.policies import data_url, load_checked
 from hooked_vla.atlas.rebuilt_arms import rebuild
 from hooked_vla.atlas.replays import again, suite_of
 from hooked_vla.atlas.worker import Cancelled, Emit, WorkError
+from hooked_vla.folders import stamp
 from hooked_vla.hooks.cache import ActivationCache
+from hooked_vla.hooks.kept import kept
 from hooked_vla.hooks.names import leaf
 from hooked_vla.inputs import PAD, Observation, StepInputs
 from hooked_vla.rollouts.acting import prepare
@@ -92,15 +94,12 @@ class _Plan:
             if isinstance(inputs, StepInputs) and history:
                 inputs = inputs.follow(history)  # pyright: ignore[reportArgumentType]
             noise = SeededNoise.of(model, inputs)([self.cell.seed], self.at)
-            before = model.run_state.env_step
-            model.run_state.env_step = self.at
-            try:
-                with model.hooks(list(arm.hooks([self.cell])) if arm is not None else []):
-                    actions, found = model.run_with_cache(
-                        inputs, [site], noise, unnorm_key=self.settings.unnorm_key, max_bytes=_MAX_CACHE
-                    )
-            finally:
-                model.run_state.env_step = before
+            hooks = list(arm.hooks([self.cell])) if arm is not None else []
+            with kept(model.run_state, "env_step"), model.hooks(hooks):
+                model.run_state.env_step = self.at
+                actions, found = model.run_with_cache(
+                    inputs, [site], noise, unnorm_key=self.settings.unnorm_key, max_bytes=_MAX_CACHE
+                )
         assert actions is not None
         planned = actions.chunk[0, : self.settings.n_action_steps].float().cpu().numpy()
         taken = self.episode.actions[self.at : self.at + len(planned)]
@@ -193,9 +192,8 @@ def _rows_are_images(found: ActivationCache, site: str) -> bool:
 
 def _replayed(folder: Path, number: int) -> Episode:
     """The episode with the policy's own pictures; the last few are kept."""
-    told = (folder / "manifest.json").stat()
     # another run may be recorded in the same place
-    key = (str(folder), number, told.st_mtime_ns, told.st_size)
+    key = (str(folder), number, *stamp(folder / "manifest.json"))
     if key in _REPLAYS:
         _REPLAYS.move_to_end(key)
         return _REPLAYS[key]

@@ -20,7 +20,7 @@ from hooked_vla.atlas.page import assets, document
 from hooked_vla.atlas.routes import Media, Route
 from hooked_vla.atlas.run import Run
 from hooked_vla.atlas.views import all_routes, first_view
-from hooked_vla.folders import write_file, write_json
+from hooked_vla.folders import new_folder, write_file, write_json
 
 MARKER = "atlas-export.json"
 FORMAT = "hooked-vla atlas export 1"
@@ -53,18 +53,8 @@ def export_run(run: Run, folder: str | Path, replays: bool = True, progress: boo
         raise ValueError(f"{folder} is within the run: choose a folder outside of {run.root}")
     if target.exists() and not (target / MARKER).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{folder} holds something other than a copy of the page: choose another folder")
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        with tqdm(unit=" answers", disable=not progress) as bar:
-            done = _write(run, temporary, replays, bar)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return done
+    with new_folder(target) as temporary, tqdm(unit=" answers", disable=not progress) as bar:
+        return _write(run, temporary, replays, bar)
 
 
 def _write(run: Run, folder: Path, replays: bool, bar: "tqdm[Any]") -> Exported:

@@ -10,8 +10,9 @@ from PIL import Image
 
 from hooked_vla.analysis.attention import camera_views
 from hooked_vla.atlas.policies import load_checked
-from hooked_vla.atlas.replays import again, appearing
+from hooked_vla.atlas.replays import again
 from hooked_vla.atlas.worker import Cancelled, Emit, WorkError
+from hooked_vla.folders import new_folder
 from hooked_vla.inputs import Observation
 from hooked_vla.rollouts.records import read_manifest
 
@@ -27,7 +28,7 @@ def pictures(arguments: Mapping[str, Any], emit: Emit, cancelled: Cancelled) -> 
     found = again(Path(arguments["folder"]), arguments["episode"], None)
     steps = [step for step in arguments["steps"] if step < len(found)]
     about = {"cameras": list(found.images), "steps": steps}
-    with appearing(out) as making:
+    with new_folder(out) as making:
         for i, camera in enumerate(found.images):
             for step in steps:
                 Image.fromarray(found.images[camera][step]).save(making / f"{step}-{i}.png")

@@ -1,14 +1,12 @@
 """What a worker does with recorded episodes: runs them again for their images, as films or step by step."""
 
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hooked_vla.atlas.worker import Cancelled, Emit, Refused, WorkError
+from hooked_vla.folders import new_folder
 from hooked_vla.rollouts.experiments.kinds.injection_moved import moved_suite
 from hooked_vla.rollouts.records import read_manifest
 from hooked_vla.rollouts.replay import Episode, ReplayError, replay
@@ -61,18 +59,6 @@ def ready(arguments: Mapping[str, Any], emit: Emit, cancelled: Cancelled) -> Non
     """Nothing: that it was asked for has begun the process and its imports."""
 
 
-@contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
-    """A folder to be filled, which gets its name when the block ends; nothing of it is left where the block fails."""
-    making = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        making.mkdir(parents=True, exist_ok=True)
-        yield making
-        making.replace(folder)
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
-
-
 def film(arguments: Mapping[str, Any], emit: Emit, cancelled: Cancelled) -> dict[str, Any]:
     """Films of all cameras of an episode, each with what was seen before every step and after the last.
 
@@ -83,7 +69,7 @@ def film(arguments: Mapping[str, Any], emit: Emit, cancelled: Cancelled) -> dict
     found = again(Path(arguments["folder"]), arguments["episode"], arguments["image_size"])
     about = {"cameras": list(found.images), "fps": found.fps, "n_frames": len(found) + 1,
              "size": arguments["image_size"]}  # fmt: skip
-    with appearing(out) as making:
+    with new_folder(out) as making:
         for i, camera in enumerate(found.images):
             with Film(making / f"{i}.mp4", found.fps, _QUALITY, _EVERY) as film:
                 for image in found.images[camera]:

@@ -48,16 +48,15 @@ class Run:
     """State of the forward pass in progress, shared by all hook points of a model.
 
     denoise_step: 0-based step of the loop in progress (the expert's denoise steps, or the tokens that `decode`
-    generates after the first), None outside it. env_step: the environment step, set by whoever drives a rollout.
-    in_use: by batch row, whether anything comes of its actions (an episode that is over keeps its row), set by whoever
-    drives a rollout; None: of all. driver: a mark of who that is. segments: who owns each token of each stream.
+    generates after the first), None outside it. env_step: the environment step, set by
+    whoever drives a rollout. in_use: by batch row, whether anything comes of its actions (an episode that is over keeps
+    its row), set by whoever drives a rollout; None: of all. segments: who owns each token of each stream.
     """
 
     def __init__(self) -> None:
         self.denoise_step: int | None = None
         self.env_step: int | None = None
         self.in_use: Sequence[bool] | None = None
-        self.driver: Any = None
         self.segments = SegmentTable(dict)
 
     def begin(self, make_segments: Callable[[], Mapping[str, Segments]]) -> tuple[int | None, SegmentTable]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hooked_vla.hooks import names as hook_names
+from hooked_vla.hooks.kept import kept
 from hooked_vla.hooks.model import HookedModel
 from hooked_vla.interventions.injection import Donor, Injection, Injector
 from hooked_vla.interventions.reach import cut_set
@@ -70,17 +71,13 @@ def find_reach(
     if not injection.is_active(env_step):
         raise ValueError(f"the injection does nothing at env_step {env_step}")
     sites = hook_names.resolve(list(injection.sites), list(model.points))
-    clock, before = model.run_state, model.run_state.env_step
     plain = [model(obs, noise).normalized for obs in (first, second)]
     if torch.equal(*plain):
         raise ValueError("both observations lead to the same actions without injection: they can show nothing")
-    try:
-        clock.env_step = env_step
-        with model.hooks(Injector(injection, [donor]).requests()):
-            injected = [model(obs, noise).normalized for obs in (first, second)]
-            other = None if prompted is None else model(prompted, noise).normalized
-    finally:
-        clock.env_step = before
+    with kept(model.run_state, "env_step"), model.hooks(Injector(injection, [donor]).requests()):
+        model.run_state.env_step = env_step
+        injected = [model(obs, noise).normalized for obs in (first, second)]
+        other = None if prompted is None else model(prompted, noise).normalized
     return Reach(
         cut=cut_set(model, sites) if injection.is_whole else None,
         dead_end=is_dead_end(model, sites),

@@ -14,8 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32
 
+from hooked_vla.hooks.kept import kept
 from hooked_vla.hooks.model import HookRequest
-from hooked_vla.hooks.point import Run
 from hooked_vla.inputs import ModelInputs, Observation, StepInputs
 from hooked_vla.rollouts.arms import Arm, CheckedArm, ObservingArm, group_hooks
 from hooked_vla.rollouts.cells import Cell
@@ -55,28 +55,6 @@ class Actor(Protocol):
     def act(self, rows: Sequence[Row], env_step: int) -> Float32[np.ndarray, "row step d_action"]: ...
 
 
-@dataclass(eq=False)
-class _Driver:
-    """Who sets a model's clocks, what they were before, and who set them then."""
-
-    before: tuple[int | None, Sequence[bool] | None]
-    outer: "_Driver | None"
-    is_over: bool = False
-
-
-@contextmanager
-def _driving(run: Run) -> Iterator[None]:
-    """Afterwards the clocks are as they were; but if another drives then, only when that one ends: a run that was left
-    half-way ends whenever its generator is collected."""
-    driver = run.driver = _Driver((run.env_step, run.in_use), run.driver)
-    try:
-        yield
-    finally:
-        driver.is_over = True
-        while isinstance(run.driver, _Driver) and run.driver.is_over:
-            (run.env_step, run.in_use), run.driver = run.driver.before, run.driver.outer
-
-
 class ModelActor:
     """A hooked model under the arms of the rows. name: what messages call the model; noise: what `try_out` found."""
 
@@ -93,7 +71,7 @@ class ModelActor:
         requests = group_hooks(self.arms, [row.cell for row in rows], n_cells)
         with ExitStack() as stack:
             stack.enter_context(constant_text(self.model.processor, self.settings.constant_text))
-            stack.enter_context(_driving(self.model.run_state))
+            stack.enter_context(kept(self.model.run_state, "env_step", "in_use"))
             stack.enter_context(self.model.hooks([*requests, *capture]))
             yield
 

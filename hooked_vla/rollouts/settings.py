@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from hooked_vla import lerobot
+from hooked_vla.hooks.kept import kept
 from hooked_vla.policy import Processor
 from hooked_vla.rollouts.suites import Suite
 from hooked_vla.spec import FeatureSpec, ModelSpec
@@ -125,15 +126,25 @@ def _default_threads(model: HookedVLA) -> int:
     return 1 if small else torch.get_num_threads()
 
 
+class _Threads:
+    @property
+    def number(self) -> int:
+        return torch.get_num_threads()
+
+    @number.setter
+    def number(self, n: int) -> None:
+        torch.set_num_threads(n)
+
+
+_threads = _Threads()
+
+
 @contextmanager
 def torch_threads(n: int) -> Iterator[None]:
     """So many torch threads inside the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
+    with kept(_threads, "number"):
+        _threads.number = n
         yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -148,9 +159,6 @@ def constant_text(processor: Processor, wanted: bool) -> Iterator[None]:
     if tokenizer is None:
         yield
         return
-    before = tokenizer.features
-    tokenizer.features = replace(before, pad_text="max_length")
-    try:
+    with kept(tokenizer, "features"):
+        tokenizer.features = replace(tokenizer.features, pad_text="max_length")
         yield
-    finally:
-        tokenizer.features = before

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float32
 
 from hooked_vla.hooks import names as hook_names
+from hooked_vla.hooks.kept import kept
 from hooked_vla.hooks.model import HookRequest
 from hooked_vla.inputs import ModelInputs, Observation, StepInputs
 from hooked_vla.rollouts.noise import SeededNoise
@@ -86,13 +87,9 @@ class ServedPolicy:
         """
         with self._running, torch.no_grad():
             noise = None if seed is None else self._noise(inputs)([seed] * inputs.batch_size, env_step or 0)
-            clock = self.model.run_state
-            outer, clock.env_step = clock.env_step, env_step
-            try:
-                with self.model.hooks(self.edits):
-                    chunk = self.model(inputs, noise, self.unnorm_key).chunk
-            finally:
-                clock.env_step = outer
+            with kept(self.model.run_state, "env_step"), self.model.hooks(self.edits):
+                self.model.run_state.env_step = env_step
+                chunk = self.model(inputs, noise, self.unnorm_key).chunk
         return chunk.float().cpu().numpy()
 
     def _noise(self, inputs: ModelInputs) -> SeededNoise:

@@ -116,19 +116,21 @@ def test_the_clocks_are_visible_to_edits(tiny_model: HookedVLA) -> None:
 
 def test_a_run_left_half_way_may_end_while_another_acts(tiny_model: HookedVLA) -> None:
     left = iter(make_runner(tiny_model, n_envs=2, max_steps=12).run(make_group("short", "walk")))
+    tokenizer, seen = tiny_model.processor.tokenizer, []
+    features = tokenizer.features
     next(left)
-    seen = []
 
     def look(value, hook):
         # as when the garbage collector comes by
         left.close()
-        seen.append(hook.run.env_step)
+        seen.append((hook.run.env_step, tokenizer.features.pad_text))
 
     arm = FunctionArm("look", (("expert.hook_velocity", look),), "changes nothing")
     runner = make_runner(tiny_model, (arm,), n_envs=2, max_steps=12, n_action_steps=5)
     list(runner.run(make_group("walk", "walk", arm="look")))
-    assert set(seen) == {0, 5, 10}
+    assert set(seen) == {(0, "max_length"), (5, "max_length"), (10, "max_length")}
     assert (tiny_model.run_state.env_step, tiny_model.run_state.in_use) == (None, None)
+    assert tokenizer.features is features
 
 
 def test_only_what_the_policy_sees_is_drawn(tiny_model: HookedVLA) -> None:

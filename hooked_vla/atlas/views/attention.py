@@ -16,9 +16,9 @@ from hooked_vla.atlas.routes import NotThere, Route
 from hooked_vla.atlas.run import Run
 from hooked_vla.atlas.views.episode_index import EpisodeIndex, episode_number, find_rollout
 from hooked_vla.atlas.views.episodes import exported_episodes
-from hooked_vla.atlas.views.replayed import fair, replays, stamp
+from hooked_vla.atlas.views.replayed import fair, replays
 from hooked_vla.atlas.worker import WorkError
-from hooked_vla.folders import write_file
+from hooked_vla.folders import stamp, write_file
 
 ATTENTION_S = 240.0
 # answers that are kept; one of a small model takes 10 kB

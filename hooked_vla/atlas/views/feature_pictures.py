@@ -11,9 +11,9 @@ from hooked_vla.atlas.routes import Media, NotThere, Route
 from hooked_vla.atlas.run import RolloutFolder, Run
 from hooked_vla.atlas.views.features import exported_features, get_feature
 from hooked_vla.atlas.views.opened_index import reading, rollouts_of, whole
-from hooked_vla.atlas.views.replayed import made_folder, replays, stamp
+from hooked_vla.atlas.views.replayed import made_folder, replays
 from hooked_vla.atlas.worker import WorkError
-from hooked_vla.folders import write_json
+from hooked_vla.folders import stamp, write_json
 from hooked_vla.rollouts.sae.feature_index import FeatureIndex
 
 _PICTURES_S, _GRIDS_S = 180.0, 120.0

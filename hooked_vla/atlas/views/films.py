@@ -15,8 +15,9 @@ from hooked_vla.atlas.routes import Media, NotThere, Route
 from hooked_vla.atlas.run import Run
 from hooked_vla.atlas.views.episode_index import EpisodeIndex, episode_number, find_rollout
 from hooked_vla.atlas.views.episodes import exported_episodes
-from hooked_vla.atlas.views.replayed import fair, made_folder, stamp
+from hooked_vla.atlas.views.replayed import fair, made_folder
 from hooked_vla.atlas.worker import WorkError
+from hooked_vla.folders import stamp
 
 FILM_S = 180.0
 MAX_BYTES = 2 * 2**30

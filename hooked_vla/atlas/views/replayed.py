@@ -20,12 +20,6 @@ def replays(run: Run) -> Worker:
     return run.keep("replays", lambda: Worker("replay"))
 
 
-def stamp(file: Path) -> tuple[int, int]:
-    """What tells a file from another that was put in its place. Raises OSError where it is not there."""
-    told = file.stat()
-    return told.st_mtime_ns, told.st_size
-
-
 def made_folder(
     run: Run, task: str, out: Path, about: str, asked: Mapping[str, Any], seconds: float, max_bytes: int
 ) -> tuple[Path, dict[str, Any]]:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from hooked_vla.folders import new_folder
 from hooked_vla.rollouts.experiments.context import EXPERIMENT
 
 VERDICTS, REPORT, RESULTS = "verdicts.json", "report.md", "results.parquet"
@@ -23,17 +24,13 @@ def publish(run: str | Path, to: str | Path) -> Path:
     if about["quick"]:
         raise ValueError(f"{run} is a quick run: its numbers decide nothing")
     target = Path(to) / about["experiment"] / Path(about["model"]).name
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name in _KEPT:
-        source = run / name
-        if source.is_dir():
-            shutil.copytree(source, temporary / name)
-        elif source.is_file():
-            shutil.copyfile(source, temporary / name)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
+    with new_folder(target) as temporary:
+        for name in _KEPT:
+            source = run / name
+            if source.is_dir():
+                shutil.copytree(source, temporary / name)
+            elif source.is_file():
+                shutil.copyfile(source, temporary / name)
     return target
 
 
