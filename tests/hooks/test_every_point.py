@@ -1,18 +1,23 @@
 """For every hook point of every model: it fires as declared, editing it matters, and the identities hold."""
 
 import fnmatch
+from functools import partial
 
 import pytest
 import torch
 from public_checkpoints import read_golden
 from tolerance import assert_close
+from torch import Tensor
 from unchecked import unchecked_shapes
 
 from hooked_vla import HookedVLA, list_models
 from hooked_vla.hooks import names as hook_names
+from hooked_vla.interventions.places import ROW_AXES
 
 MODELS = list_models()
 DTYPES = [torch.float32, torch.bfloat16]
+# points edited in one pass
+ROWS = 8
 FILTERS = (["*.hook_resid_*"], ["expert.*"], ["*.hook_prefix_k"], ["vlm.blocks.0.*", "*.hook_pattern"])
 
 
@@ -62,36 +67,55 @@ def test_cache_holds_each_tensor_once_and_as_much_as_estimated(case) -> None:
         assert model.cache_size(golden.batch, names_filter) == some.nbytes, names_filter
 
 
+def side_by_side(model: HookedVLA) -> list[list[str]]:
+    """The hook points, so many to a pass; what all rows of a batch share has a pass of its own."""
+    shared = [[name] for name, site in model.hook_points.items() if site.axes[0] not in ROW_AXES]
+    apart = [name for name, site in model.hook_points.items() if site.axes[0] in ROW_AXES]
+    return shared + [apart[i : i + ROWS] for i in range(0, len(apart), ROWS)]
+
+
+def edited(value: Tensor, hook, row: int | None = None) -> Tensor:
+    """Other elements of the same kind, by about as much as they differ: all, or those of a row of the batch."""
+    result = value.clone()
+    own = result if row is None else result.unflatten(0, (ROWS, -1))[row]
+    if value.is_floating_point():
+        draws = torch.randn(own.shape, generator=torch.Generator().manual_seed(0))
+        own += ((own.float().std(correction=0) + 0.1) * draws).to(value.dtype)
+    else:
+        own += 1
+    return result
+
+
 @unchecked_shapes()
 def test_editing_a_point_changes_the_actions_unless_it_is_a_dead_end(case) -> None:
+    """Each point in a row of its own."""
     model, golden, dtype, *_ = case
     # tokens change by jumps only: where actions are tokens, a change of their scores counts too
     scores = fnmatch.filter(model.points, "*.hook_logits")
+    inputs = model.prepare(golden.batch).rows([0] * ROWS)
     # recorded options leave nothing to decide: there the model draws them itself, always from one seed
-    noise = golden.noise if all(draw.is_floating_point() for draw in golden.noise) else None
+    draws = [golden.noise] if isinstance(golden.noise, Tensor) else golden.noise
+    noise = [draw[:1].expand(ROWS, *draw.shape[1:]) for draw in draws]
+    noise = noise if all(draw.is_floating_point() for draw in noise) else None
 
-    def outcome(*edits):
+    def outcome(edits) -> Tensor:
         torch.manual_seed(0)
         with model.hooks(edits):
-            actions, cache = model.run_with_cache(golden.batch, scores, noise=noise)
-        return torch.cat([actions.chunk.flatten(), *(cache[name].flatten().float() for name in scores)])
+            actions, cache = model.run_with_cache(inputs, scores, noise=noise)
+        found = [actions.chunk, *(cache[name].movedim(int(model.hook_points[name].denoised), 0) for name in scores)]
+        return torch.cat([each.float().flatten(1) for each in found], dim=1)
 
-    before = outcome()
-    rounding = 8 * torch.finfo(dtype).eps * before.abs().max()
+    before = outcome([])
+    rounding = 8 * torch.finfo(dtype).eps * before.abs().amax(dim=1)
     wrong = []
-    for name, site in model.hook_points.items():
-        generator = torch.Generator().manual_seed(0)
-
-        def edit(value, hook, generator=generator):
-            if not value.is_floating_point():
-                return value + 1
-            spread = value.float().std(correction=0) + 0.1
-            return value + (spread * torch.randn(value.shape, generator=generator)).to(value.dtype)
-
-        moved = (outcome((name, edit)) - before).abs().max()
-        # what a dead end changes may cancel exactly in arithmetic, and only up to rounding in floating point
-        if moved == 0 if site.reaches_action else moved > rounding:
-            wrong.append(name)
+    for names in side_by_side(model):
+        is_shared = model.hook_points[names[0]].axes[0] not in ROW_AXES
+        edits = [(name, edited if is_shared else partial(edited, row=row)) for row, name in enumerate(names)]
+        moved = (outcome(edits) - before).abs().amax(dim=1)
+        for name, change, limit in zip(names, moved, rounding, strict=False):
+            # what a dead end changes may cancel exactly in arithmetic, and only up to rounding in floating point
+            if change == 0 if model.hook_points[name].reaches_action else change > limit:
+                wrong.append(name)
     assert not wrong
 
 
