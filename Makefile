@@ -7,7 +7,8 @@ STAMP := $(VENV)/.installed
 # Simulators whose packages do not go together live in environments of their own.
 SIMS ?= .venv-sims
 LIBERO ?= .venv-libero
-PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+# Python compiles what is imported; pip would compile all that is installed, for a minute.
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 
 # Versions of Triton beside the tested one.
 TRITONS ?= .venv-triton
@@ -19,9 +20,9 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[analysis,atlas,dev,docs,sae]"
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e ".[analysis,atlas,dev,docs,sae]"
 	@# it pins numpy<2 and works with numpy 2
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps openpi-client==0.1.2
+	$(BIN)/python $(PIP_INSTALL) --no-deps openpi-client==0.1.2
 	touch $@
 
 demo: install

@@ -35,7 +35,7 @@ class Run:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
     out = tmp_path_factory.mktemp("demo")
-    with redirect_stdout(StringIO()) as printed:
+    with redirect_stdout(StringIO()) as printed, unchecked_shapes():
         results = demo.run_demo(out, seed=0, episodes=2)
     return Run(out, results, " ".join(printed.getvalue().split()))
 
@@ -188,6 +188,7 @@ def test_attention_shares_are_fractions_and_grids_are_square(run):
     assert all(each["share"] == pytest.approx(1, rel=1e-5) for each in run.results["attention"]["vision"].values())
 
 
+@unchecked_shapes()
 @unchecked_shapes()
 def test_acting_repeats_bit_for_bit(run, tmp_path):
     model = HookedVLA.from_pretrained(demo.MODEL)

@@ -4,8 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from unchecked import unchecked_shapes
-
 from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.definition import find_experiment
 from hooked_vla.rollouts.experiments.report import write_outcome
@@ -31,10 +29,8 @@ def run(experiment: str, out: Path, **settings: Any) -> tuple[Context, Any]:
 
 
 def run_context(made: Context) -> tuple[Context, Any]:
-    """The run's context and outcome, written as users get it; without runtime shape checks, which take most of the
-    time."""
-    with unchecked_shapes():
-        made.claim()
-        outcome = made.definition.module.run(made, made.definition.settle(False))
-        write_outcome(made, outcome)
+    """The run's context and outcome, written as users get it."""
+    made.claim()
+    outcome = made.definition.module.run(made, made.definition.settle(False))
+    write_outcome(made, outcome)
     return made, outcome

@@ -19,8 +19,6 @@ from hooked_vla.rollouts.records import read_episodes
 from hooked_vla.sae import files
 from hooked_vla.sae.autoencoder import SparseAutoencoder
 
-pytestmark = pytest.mark.usefixtures("unchecked_shapes")
-
 VLM, EXPERT = "vlm.blocks.1.hook_resid_post", "expert.blocks.1.hook_resid_post"
 
 
