@@ -87,12 +87,15 @@ class Worker:
         self, task: str, arguments: Mapping[str, Any], seconds: float, cancelled: Cancelled
     ) -> Iterator[tuple[str, Any]]:
         """("event", value) for everything that a task emits, ("wait", None) at least every half second meanwhile, and
-        ("done", value). cancelled: asked often; the task is stopped once it says so.
+        ("done", value). seconds: how long it may take once it is its turn. cancelled: asked often; the task is stopped
+        once it says so.
 
-        Raises as `run`; Conflict where another task is under way.
+        Raises WorkError as `run`, and where it is cancelled before its turn.
         """
-        if not self._turn.acquire(blocking=False):
-            raise Conflict(f"the {self.name} is busy: one at a time")
+        while not self._turn.acquire(timeout=_POLL_S):
+            if cancelled():
+                raise WorkError("stopped before its turn")
+            yield "wait", None
         try:
             yield from self._steps(task, arguments, seconds, cancelled)
         finally:

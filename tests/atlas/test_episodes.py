@@ -18,7 +18,6 @@ from hooked_vla.atlas.views.arm_text import arm_text, shortened, told_text
 from hooked_vla.atlas.views.attention import get_attention, get_choices
 from hooked_vla.atlas.views.episode_index import EpisodeIndex
 from hooked_vla.atlas.views.replayed import replays
-from hooked_vla.atlas.worker import Interrupted, Worker, WorkError
 from hooked_vla.interventions import Ablate
 from hooked_vla.interventions.arm import EditArm
 from hooked_vla.rollouts.batteries.arms import ImageArm
@@ -273,19 +272,6 @@ def test_a_cache_of_films_keeps_to_its_bound(copied: Run, monkeypatch: pytest.Mo
     monkeypatch.setattr(films, "MAX_BYTES", 1)
     films.get_film(copied, "run", "4")
     assert [each for each in (copied.cache / "films").iterdir() if each in kept] == []
-
-
-def test_what_takes_too_long_is_stopped_and_the_next_task_runs() -> None:
-    worker = Worker("replay")
-    try:
-        with pytest.raises(Interrupted, match="took more than 0.01 s"):
-            worker.run("film", {}, 0.01)
-        with pytest.raises(WorkError, match="no such task"):
-            worker.run("no such task", {}, 60.0)
-    finally:
-        worker.close()
-    with pytest.raises(WorkError, match="closed"):
-        worker.run("film", {}, 1.0)
 
 
 def test_attention_is_that_of_the_recorded_plan(run: Run) -> None:

@@ -72,7 +72,7 @@ class Session:
                     self._say(value)
                 elif kind == "done":
                     end |= value
-        except (WorkError, Conflict) as error:
+        except WorkError as error:
             end = {"ended": "stopped"} if self._cancelled() else {"ended": "failed", "error": str(error)}
         except Exception as error:  # whatever it was: a page that waits must hear of it
             end = {"ended": "failed", "error": f"{type(error).__name__}: {error}"}
