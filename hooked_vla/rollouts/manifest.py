@@ -132,11 +132,16 @@ def compare(recorded: Mapping[str, Any], now: Mapping[str, Any], where: str) -> 
         logger.warning("%s was begun on another machine, the last bits may differ: %s", where, "; ".join(machine))
     other = [text for path, text in found if not path.startswith(f"{_MACHINE}.")]
     if other:
-        more = f"; and {len(other) - _SHOWN} more" if len(other) > _SHOWN else ""
         raise ValueError(
-            f"{where} was recorded with other settings: {'; '.join(other[:_SHOWN])}{more}. Go on with those of "
-            f"{MANIFEST}, or record into another folder"
+            f"{where} was recorded with other settings: {listed(other)}. Go on with those of {MANIFEST}, or record "
+            "into another folder"
         )
+
+
+def listed(texts: Sequence[str]) -> str:
+    """The first ten, and how many more there are."""
+    more = [f"and {len(texts) - _SHOWN} more"] if len(texts) > _SHOWN else []
+    return "; ".join([*texts[:_SHOWN], *more])
 
 
 def differences(recorded: Any, now: Any) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ from hooked_vla.rollouts.cells import spread_scenes
 from hooked_vla.rollouts.executor import Executor, LocalExecutor
 from hooked_vla.rollouts.experiments.definition import Definition, Rule
 from hooked_vla.rollouts.jobs import ModelSource
-from hooked_vla.rollouts.manifest import describe_model, describe_versions, differences
+from hooked_vla.rollouts.manifest import describe_model, describe_versions, differences, listed
 from hooked_vla.rollouts.runner import Watcher
 from hooked_vla.rollouts.settings import Options, native_image_size
 from hooked_vla.rollouts.suites import Suite, get_suite, observation
@@ -31,7 +31,6 @@ EXPERIMENT = "experiment.json"
 # starts that no shipped policy was trained on
 SEED = 700_000
 _FORMAT = "hooked-vla experiment 1"
-_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class Context:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is damaged: {error}; choose another folder") from error
         if found := differences(there, about):
-            said = "; ".join(description for _, description in found[:_SHOWN])
+            said = listed([description for _, description in found])
             raise ValueError(f"{self.out} holds another run: {said}. Go on with its settings, or choose another folder")
 
     def describe(self) -> dict[str, Any]:
