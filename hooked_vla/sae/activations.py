@@ -18,7 +18,6 @@ from hooked_vla.kernels.sparse_backward import sparse_dots, sparse_outer
 
 # batch_topk first looks at so many times k features of a token; the few with more active ones are looked at again
 FIRST_LOOK = 3
-_SUM = 0
 
 
 class Code(NamedTuple):
@@ -110,28 +109,11 @@ class _Decoded(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, indices, w_dec = ctx.saved_tensors
         grad = grads[0].contiguous()
-        d_values = value_gradients(grad, indices, w_dec) if ctx.needs_input_grad[0] else None
+        d_values = sparse_dots(grad, indices, w_dec, validate=False) if ctx.needs_input_grad[0] else None
         d_w = None
         if ctx.needs_input_grad[2]:
             d_w, _ = sparse_outer(values, indices, grad, len(w_dec), dtype=w_dec.dtype, validate=False)
         return d_values, None, d_w, grad.sum(0) if ctx.needs_input_grad[3] else None
-
-
-def value_gradients(
-    grad: Float[Tensor, "n d"], indices: Int32[Tensor, "n k"], w: Float[Tensor, "m d"]
-) -> Float[Tensor, "n k"]:
-    """grad[t] · w[indices[t, j]].
-
-    On a CPU the derivative of a weighted bag of embeddings, which multiplies rows where they lie: `sparse_dots` copies
-    them together first, and takes about four times as long.
-    """
-    if w.device.type != "cpu" or not indices.numel():
-        return sparse_dots(grad, indices, w, validate=False)
-    n, k = indices.shape
-    starts = torch.arange(0, n * k, k, dtype=torch.int32)
-    token = torch.arange(n, dtype=torch.int32).repeat_interleave(k)
-    flat = torch.ops.aten._embedding_bag_per_sample_weights_backward(grad, w, indices.flatten(), starts, token, _SUM)
-    return flat.view(n, k)
 
 
 def chosen_values(

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from hooked_vla.kernels.sparse_backward import sparse_dots
 from hooked_vla.sae.activations import (
     Code,
     choose,
@@ -14,7 +13,6 @@ from hooked_vla.sae.activations import (
     jump_relu,
     spread,
     step,
-    value_gradients,
 )
 
 N, D, M, K = 40, 12, 96, 5
@@ -102,17 +100,6 @@ def test_code_and_decoder_have_the_gradients_of_dense_products(relu: bool) -> No
     expected = torch.autograd.grad((dense * towards).sum(), inputs)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_value_gradients_are_sampled_products(dtype: torch.dtype) -> None:
-    x, w, _ = (each.to(dtype) for each in tensors())
-    indices = torch.randint(0, M, (N, K), generator=torch.Generator().manual_seed(2)).int()
-    expected = torch.einsum("nd,nkd->nk", x, w[indices.long()])
-    torch.testing.assert_close(value_gradients(x, indices, w), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(value_gradients(x, indices, w), sparse_dots(x, indices, w), rtol=1e-5, atol=1e-5)
-    empty = value_gradients(x[:0], indices[:0], w)
-    assert empty.shape == (0, K)
 
 
 def test_a_threshold_moves_by_what_is_near_it() -> None:

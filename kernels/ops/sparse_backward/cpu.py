@@ -10,17 +10,22 @@ from torch.nn import functional
 
 from hooked_vla.kernels.checks import wide
 
-# gathered rows that are held at once, in elements: 2 MB of float32 stay in a core's cache
-CHUNK = 1 << 19
+# embedding_bag's number for summing
+SUM = 0
 
 
 def sparse_dots(grad: Tensor, indices: Tensor, w: Tensor) -> Tensor:
-    sums = wide(w.dtype)
-    dots = torch.empty(indices.shape, dtype=sums, device=w.device)
-    step = max(1, CHUNK // max(1, indices.shape[1] * w.shape[1]))
-    for index, each, out in zip(indices.split(step), grad.to(sums).split(step), dots.split(step), strict=True):
-        torch.bmm(w[index].to(sums), each[:, :, None], out=out[:, :, None])
-    return dots
+    """The derivative of a bag in its weights, which multiplies rows where they lie."""
+    sums, (n, k), rows = wide(w.dtype), indices.shape, indices.flatten()
+    if not rows.numel():
+        return torch.empty(indices.shape, dtype=sums, device=w.device)
+    if w.dtype != sums and rows.numel() < w.shape[0]:
+        # only rows that are needed are widened
+        w, rows = w[rows], torch.arange(rows.numel(), dtype=rows.dtype)
+    starts = torch.arange(0, n * k, k, dtype=rows.dtype)
+    tokens = torch.arange(n, dtype=rows.dtype).repeat_interleave(k)
+    backward = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    return backward(grad.to(sums), w.to(sums), rows, starts, tokens, SUM).view(n, k)
 
 
 def by_feature(indices: Tensor, m: int) -> tuple[Tensor, Tensor]:
