@@ -18,6 +18,7 @@ from hooked_vla.atlas.views.arm_text import arm_text, shortened, told_text
 from hooked_vla.atlas.views.attention import get_attention, get_choices
 from hooked_vla.atlas.views.episode_index import EpisodeIndex
 from hooked_vla.atlas.views.replayed import replays
+from hooked_vla.atlas.worker import Worker
 from hooked_vla.interventions import Ablate
 from hooked_vla.interventions.arm import EditArm
 from hooked_vla.rollouts.batteries.arms import ImageArm

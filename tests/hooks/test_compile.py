@@ -10,4 +10,4 @@ def test_compiled_model_equals_eager() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "--override-ini=addopts=", str(here / "compiled.py")]
     done = subprocess.run(command, cwd=here.parent.parent, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "5 passed" in done.stdout, done.stdout
+    assert "1 passed" in done.stdout, done.stdout
