@@ -14,7 +14,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 TRITONS ?= .venv-triton
 VERSIONS ?= 3.6.0 3.9.0
 
-.PHONY: demo test test-triton test-sims test-libero lint docs install clean
+.PHONY: demo test test-all test-triton test-sims test-libero lint docs install clean
 
 install: $(STAMP)
 
@@ -29,6 +29,10 @@ demo: install
 	$(BIN)/hooked-vla demo
 
 test: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+# Also the slowest.
+test-all: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Kernels in the interpreter and the compiler of each version; torch itself does not ask for Triton on a CPU.

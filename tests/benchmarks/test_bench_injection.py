@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_quick_run_writes_every_ratio(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     command = [sys.executable, "benchmarks/bench_injection.py", "--quick", "--rounds", "1", "--episodes", "2"]

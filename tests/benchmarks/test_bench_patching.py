@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_quick_run_writes_every_ratio(tmp_path: Path) -> None:
     file = tmp_path / "results" / "bench.json"
     command = [sys.executable, "benchmarks/bench_patching.py", "--quick", "--json", str(file)]

@@ -21,7 +21,14 @@ ROWS = 8
 FILTERS = (["*.hook_resid_*"], ["expert.*"], ["*.hook_prefix_k"], ["vlm.blocks.0.*", "*.hook_pattern"])
 
 
-@pytest.fixture(scope="module", params=[(m, d) for m in MODELS for d in DTYPES], ids=lambda p: f"{p[0]}-{p[1]}")
+CASES = [(m, d) for m in MODELS for d in DTYPES]
+
+
+def case_id(case) -> str:
+    return f"{case[0]}-{case[1]}"
+
+
+@pytest.fixture(scope="module", params=CASES, ids=case_id)
 def case(request):
     name, dtype = request.param
     golden = read_golden(name)
@@ -86,6 +93,12 @@ def edited(value: Tensor, hook, row: int | None = None) -> Tensor:
     return result
 
 
+def slow_in_16_bits(case):
+    """What reaches the actions does not depend on the dtype."""
+    return pytest.param(case, id=case_id(case), marks=[] if case[1] is torch.float32 else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("case", map(slow_in_16_bits, CASES), indirect=True)
 @unchecked_shapes()
 def test_editing_a_point_changes_the_actions_unless_it_is_a_dead_end(case) -> None:
     """Each point in a row of its own."""
