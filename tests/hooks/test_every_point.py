@@ -98,7 +98,7 @@ def slow_in_16_bits(case):
     return pytest.param(case, id=case_id(case), marks=[] if case[1] is torch.float32 else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("case", map(slow_in_16_bits, CASES), indirect=True)
+@pytest.mark.parametrize("case", [slow_in_16_bits(each) for each in CASES], indirect=True)
 @unchecked_shapes()
 def test_editing_a_point_changes_the_actions_unless_it_is_a_dead_end(case) -> None:
     """Each point in a row of its own."""
