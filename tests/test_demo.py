@@ -189,7 +189,6 @@ def test_attention_shares_are_fractions_and_grids_are_square(run):
 
 
 @unchecked_shapes()
-@unchecked_shapes()
 def test_acting_repeats_bit_for_bit(run, tmp_path):
     model = HookedVLA.from_pretrained(demo.MODEL)
     again = run_goals(model, demo.MODEL, demo.GOALS, demo.SEED, tmp_path / "again")

@@ -74,14 +74,14 @@ def test_cache_holds_each_tensor_once_and_as_much_as_estimated(case) -> None:
         assert model.cache_size(golden.batch, names_filter) == some.nbytes, names_filter
 
 
-def side_by_side(model: HookedVLA) -> list[list[str]]:
-    """The hook points, so many to a pass; what all rows of a batch share has a pass of its own."""
-    shared = [[name] for name, site in model.hook_points.items() if site.axes[0] not in ROW_AXES]
+def side_by_side(model: HookedVLA) -> list[dict[str, int | None]]:
+    """The points of each pass, and in which row each is edited: None, in a pass of its own, where all rows share it."""
+    shared = [{name: None} for name, site in model.hook_points.items() if site.axes[0] not in ROW_AXES]
     apart = [name for name, site in model.hook_points.items() if site.axes[0] in ROW_AXES]
-    return shared + [apart[i : i + ROWS] for i in range(0, len(apart), ROWS)]
+    return shared + [{name: row for row, name in enumerate(apart[i : i + ROWS])} for i in range(0, len(apart), ROWS)]
 
 
-def edited(value: Tensor, hook, row: int | None = None) -> Tensor:
+def edited(value: Tensor, hook, row: int | None) -> Tensor:
     """Other elements of the same kind, by about as much as they differ: all, or those of a row of the batch."""
     result = value.clone()
     own = result if row is None else result.unflatten(0, (ROWS, -1))[row]
@@ -121,11 +121,11 @@ def test_editing_a_point_changes_the_actions_unless_it_is_a_dead_end(case) -> No
     before = outcome([])
     rounding = 8 * torch.finfo(dtype).eps * before.abs().amax(dim=1)
     wrong = []
-    for names in side_by_side(model):
-        is_shared = model.hook_points[names[0]].axes[0] not in ROW_AXES
-        edits = [(name, edited if is_shared else partial(edited, row=row)) for row, name in enumerate(names)]
+    for places in side_by_side(model):
+        edits = [(name, partial(edited, row=row)) for name, row in places.items()]
         moved = (outcome(edits) - before).abs().amax(dim=1)
-        for name, change, limit in zip(names, moved, rounding, strict=False):
+        for name, row in places.items():
+            change, limit = moved[row or 0], rounding[row or 0]
             # what a dead end changes may cancel exactly in arithmetic, and only up to rounding in floating point
             if change == 0 if model.hook_points[name].reaches_action else change > limit:
                 wrong.append(name)

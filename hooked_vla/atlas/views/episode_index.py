@@ -17,6 +17,7 @@ from typing import Any
 
 from hooked_vla.atlas.routes import NotThere
 from hooked_vla.atlas.run import RolloutFolder, Run
+from hooked_vla.folders import stamp
 from hooked_vla.rollouts import needs_sim_extra
 from hooked_vla.rollouts.sae.duck import exactly
 
@@ -134,8 +135,7 @@ class EpisodeIndex:
     def _file(self) -> Path:
         """Where the index of the folder as it is now belongs: a file that appears or goes changes its folder's time."""
         with suppress(OSError):
-            told = (self.folder.path / "manifest.json").stat()
-            stem = _digest(self.folder.key, told.st_mtime_ns, told.st_size)
+            stem = _digest(self.folder.key, *stamp(self.folder.path / "manifest.json"))
             times = [(folder.name, folder.stat().st_mtime_ns) for folder in self._folders()]
             return self.run.cache / "episodes" / f"{stem}-{_digest(*times)}.parquet"
         raise NotThere(f"{self.run.shown(self.folder.path)} is not there any more")

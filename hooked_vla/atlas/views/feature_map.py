@@ -12,6 +12,7 @@ from hooked_vla.atlas.routes import NotThere
 from hooked_vla.atlas.run import Run
 from hooked_vla.atlas.views.opened_index import reading
 from hooked_vla.atlas.worker import Worker, WorkError
+from hooked_vla.folders import stamp
 from hooked_vla.rollouts.sae.feature_index import FeatureIndex
 
 PCA, UMAP = "pca", "umap"
@@ -63,6 +64,5 @@ def _answer(places: np.ndarray) -> dict[str, Any]:
 
 def _file(run: Run, index: FeatureIndex) -> Path:
     """Of the map, in the run's cache: another for another table, and other settings."""
-    stat = (index.folder / "directions.parquet").stat()
-    named = repr((str(index.folder), stat.st_size, stat.st_mtime_ns, N_NEIGHBOURS, MIN_DIST))
+    named = repr((str(index.folder), *stamp(index.folder / "directions.parquet"), N_NEIGHBOURS, MIN_DIST))
     return run.cache / "maps" / f"{hashlib.sha256(named.encode()).hexdigest()[:32]}.npy"
