@@ -36,16 +36,26 @@ def write_json(path: Path, content: Any) -> None:
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which gets its name when the block ends, in place of an earlier one; nothing of it is left
-    where the block fails."""
-    making = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(making, ignore_errors=True)
+    where the block fails, and what a killed process left is cleared.
+
+    Raises BlockingIOError where the same folder is being filled already.
+    """
+    making = folder.with_name(f".{folder.name}.tmp")
+    making.mkdir(parents=True, exist_ok=True)
+    held = os.open(making, os.O_RDONLY)
     try:
-        making.mkdir(parents=True)
-        yield making
-        shutil.rmtree(folder, ignore_errors=True)
-        making.replace(folder)
+        lock(held, f"writing {folder}")
+        try:
+            for left in making.iterdir():
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            yield making
+            shutil.rmtree(folder, ignore_errors=True)
+            making.replace(folder)
+        except BaseException:
+            shutil.rmtree(making, ignore_errors=True)
+            raise
     finally:
-        shutil.rmtree(making, ignore_errors=True)
+        os.close(held)
 
 
 def stamp(file: Path) -> tuple[int, int]:

@@ -130,10 +130,6 @@ def test_only_an_earlier_record_is_replaced(run, tmp_path):
     with pytest.raises(FileExistsError, match="something other"):
         demo.run_demo(tmp_path)
     assert (tmp_path / demo.RECORD / "notes.txt").read_text() == "mine"
-    with pytest.raises(RuntimeError), demo.new_folder(tmp_path / demo.RECORD) as new:
-        (new / "half").mkdir()
-        raise RuntimeError
-    assert [each.name for each in tmp_path.iterdir()] == [demo.RECORD]
 
 
 def test_floors_are_exactly_zero(run):

@@ -9,7 +9,6 @@ Tables and films hold many episodes and go on in a next file when they have grow
 """
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from hooked_vla.folders import new_folder
 from hooked_vla.lerobot import ACTION, OBS_STATE, image_key
 from hooked_vla.rollouts import needs_sim_extra
 from hooked_vla.rollouts.column_statistics import ColumnStatistics
@@ -56,30 +56,25 @@ def write_lerobot(
     robot_type: what LeRobot calls the robot. quality: of the films, see Film. data_bytes, video_bytes: how large a file
     may grow before the next is begun. What an Episode's `columns` hold becomes columns of the same names, what its
     `about` holds columns of the table of episodes.
-    Raises FileExistsError where `out` is there already; ValueError for no episodes, for episodes that do not fit
-    together (cameras, sizes, widths, fps, columns), and for columns that are neither numbers nor strings.
+    Raises FileExistsError where `out` is there already, BlockingIOError where it is being written; ValueError for no
+    episodes, for episodes that do not fit together (cameras, sizes, widths, fps, columns), and for columns that are
+    neither numbers nor strings.
     """
     out = Path(out)
     if out.exists():
         raise FileExistsError(f"{out} is there already: choose another folder for the data set")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with new_folder(out) as temporary:
+        writer: _Writer | None = None
         with ExitStack() as stack:
-            writer: _Writer | None = None
             for episode in episodes:
                 if writer is None:
                     writer = stack.enter_context(
                         _Writer(temporary, episode, robot_type, quality, data_bytes, video_bytes)
                     )
                 writer.add(episode)
-            if writer is None:
-                raise ValueError(f"no episodes to write into {out}")
+        if writer is None:
+            raise ValueError(f"no episodes to write into {out}")
         writer.describe()
-        temporary.replace(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return out
 
 
