@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -145,8 +145,15 @@ def results_page() -> str:
         "",
     ]
     found = read_verdicts(HERE / "results")
-    for definition in list_experiments().values():
-        runs = {model: about for (name, model), about in found.items() if name == definition.id}
+    definitions = list_experiments().values()
+    models = list(dict.fromkeys(model for each in definitions for model in each.models))
+    parts += ["| rules, by verdict | " + " | ".join(models) + " |", "|" + "---|" * (1 + len(models))]
+    for each in definitions:
+        cells = [_verdict_counts(each.id, model, found) if model in each.models else "" for model in models]
+        parts.append(f"| {each.id}: {each.title} | " + " | ".join(cells) + " |")
+    parts.append("")
+    for definition in definitions:
+        runs = {model: found[definition.id, model] for model in definition.models if (definition.id, model) in found}
         if not runs:
             continue
         links = [f"[{model}]({definition.id}/{model}/report.md)" for model in runs]
@@ -157,6 +164,14 @@ def results_page() -> str:
             parts.append(f"| {rule.text} | " + " | ".join(marks) + " |")
         parts.append("")
     return "\n".join(parts)
+
+
+def _verdict_counts(experiment: str, model: str, found: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
+    if (experiment, model) not in found:
+        return "not run"
+    marks = [_MARKS[verdict["holds"]] for verdict in found[experiment, model]["verdicts"].values()]
+    counts = " ".join(f"{marks.count(mark)} {mark}" for mark in _MARKS.values() if mark in marks)
+    return f"[{counts}]({experiment}/{model}/report.md)"
 
 
 _MARKS = {True: "✓", False: "✗", None: "–"}
