@@ -12,7 +12,9 @@ GROUPS = {
         "hooked_vla.vla", "hooked_vla.hooks.model", "hooked_vla.inputs", "hooked_vla.registry", "hooked_vla.policy",
         "hooked_vla.weights", "hooked_vla.spec.base", "hooked_vla.models.network",
     ),
-    "Hooks": ("hooked_vla.hooks.cache", "hooked_vla.hooks.point", "hooked_vla.hooks.names"),
+    "Hooks": (
+        "hooked_vla.hooks.sites", "hooked_vla.hooks.cache", "hooked_vla.hooks.point", "hooked_vla.hooks.names",
+    ),
     "Interventions": (
         "hooked_vla.interventions.edits", "hooked_vla.interventions.sae_edits", "hooked_vla.interventions.edit_set",
         "hooked_vla.interventions.files", "hooked_vla.interventions.arm", "hooked_vla.interventions.injection",

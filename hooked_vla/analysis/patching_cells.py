@@ -15,8 +15,9 @@ from torch import Tensor
 from hooked_vla.analysis.patching_resume import Noise, Tape, settled_noise
 from hooked_vla.hooks import names as hook_names
 from hooked_vla.hooks.cache import ActivationCache
-from hooked_vla.hooks.model import HookedModel, HookSite
+from hooked_vla.hooks.model import HookedModel
 from hooked_vla.hooks.names import NamesFilter
+from hooked_vla.hooks.sites import HookSite
 from hooked_vla.inputs import ModelInputs, Segments
 from hooked_vla.interventions import CutSetWarning, DeadEndWarning, Patch, Values, cut_set
 

@@ -1,4 +1,4 @@
-"""HookedModel: naming the hook points of a network and running it with listeners attached.
+"""HookedModel: running a network with listeners attached to its hook points.
 
 Nothing here knows a model. A subclass says how an observation becomes inputs and actions; its network's modules
 carry HookPoints, which are named by their path when the model is built.
@@ -6,41 +6,20 @@ carry HookPoints, which are named by their path when the model is built.
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hooked_vla.hooks import names as hook_names
-from hooked_vla.hooks.cache import ROW_AXES, TOKEN_AXES, ActivationCache
+from hooked_vla.hooks.cache import ActivationCache
 from hooked_vla.hooks.names import NamesFilter
 from hooked_vla.hooks.point import CAPTURE, EDIT, GRADIENT, HookFunction, HookPoint, Listener, Run, SegmentTable
 from hooked_vla.hooks.recorder import Recorder
+from hooked_vla.hooks.sites import HookSite, describe_points, name_points, runtime_size
 from hooked_vla.inputs import Actions, ModelInputs, Segments
 
 HookRequest = tuple[NamesFilter, HookFunction]
-# streams whose rows are single camera images rather than batch rows
-_IMAGE_ROWS = frozenset({"vision", "connector"})
-
-
-@dataclass(frozen=True)
-class HookSite:
-    """What is known of a hook point before any run.
-
-    shape: numbers where the model fixes the size, axis names where the inputs do. denoised: fires once per denoise
-    step, and has a leading denoise axis in a cache. reaches_action: False for a dead end, a value that no action
-    depends on.
-    """
-
-    name: str
-    shape: tuple[int | str, ...]
-    dtype: torch.dtype
-    axes: tuple[str, ...]
-    meaning: str
-    pathway: str
-    denoised: bool
-    reaches_action: bool
 
 
 class Hook:
@@ -79,7 +58,7 @@ class HookedModel(nn.Module):
         super().__init__()
         self.net = net
         self.run_state = Run()
-        self._points = _name_points(net, self.run_state)
+        self._points = name_points(net, self.run_state)
         self._n_runs = 0
         # told the inputs of every forward pass when it has begun and nothing has run
         self.before_run: list[Callable[[ModelInputs], None]] = []
@@ -165,24 +144,8 @@ class HookedModel(nn.Module):
     @property
     def hook_points(self) -> dict[str, HookSite]:
         """Every hook point with its shape, dtype, axes and meaning."""
-        dtypes = {name: _stream_dtype(part) for name, part in self.net.named_children()}
-        owners = dict(self.net.named_modules())
         dead_ends = set(hook_names.resolve(self.dead_ends, list(self._points))) if self.dead_ends else set()
-        sites = {}
-        for name, point in self._points.items():
-            way = hook_names.pathway(name)
-            dtype = dtypes[way] if point.dtype == "stream" else getattr(torch, point.dtype)
-            sites[name] = HookSite(
-                name=name,
-                shape=tuple(_axis_size(axis, name, owners) for axis in point.axes),
-                dtype=dtype,
-                axes=point.axes,
-                meaning=hook_names.meaning(name),
-                pathway=way,
-                denoised=hook_names.is_denoised(name),
-                reaches_action=name not in dead_ends,
-            )
-        return sites
+        return describe_points(self.net, self._points, dead_ends)
 
     def add_hook(
         self,
@@ -357,7 +320,7 @@ class HookedModel(nn.Module):
             site, point = sites[name], self._points[name]
             elements = n_steps if site.denoised and not point.per_chunk else 1
             for axis, size in zip(site.axes, site.shape, strict=True):
-                elements *= size if isinstance(size, int) else _runtime_size(axis, point, sizes, inputs.batch_size)
+                elements *= size if isinstance(size, int) else runtime_size(axis, point, sizes, inputs.batch_size)
             total += elements * (dtype or site.dtype).itemsize
         if max_bytes is not None and total > max_bytes:
             raise MemoryError(
@@ -414,57 +377,3 @@ def _check_fired(attached: Sequence[Hook]) -> None:
         raise RuntimeError(
             f"hooks that never fired: {silent}; a backward hook needs gradients to be on where the model runs"
         )
-
-
-def _name_points(net: nn.Module, run: Run) -> dict[str, HookPoint]:
-    points = {}
-    own_stream: dict[str, str] = {}
-    for path, module in net.named_modules():
-        axis_streams: Mapping[str, str] = getattr(module, "axis_streams", {})
-        # a module whose `stream` names a token stream other than its pathway's speaks for all modules inside it
-        around = own_stream.get(path.rpartition(".")[0], "")
-        own_stream[path] = getattr(module, "stream", around)
-        for attribute, point in vars(module).items():
-            if not isinstance(point, HookPoint):
-                continue
-            point.name = f"{path}.{attribute}" if path else attribute
-            point.run = run
-            way = hook_names.pathway(point.name)
-            if way in _IMAGE_ROWS:
-                point.axes = tuple("image" if axis == "batch" else axis for axis in point.axes)
-            own = point.stream or own_stream[path] or way
-            point.streams = {axis: axis_streams.get(axis, own) for axis in point.axes if axis in TOKEN_AXES}
-            points[point.name] = point
-    return points
-
-
-def _stream_dtype(part: nn.Module) -> torch.dtype:
-    """Dtype of a pathway's residual stream: that of its blocks' first query projection, or first parameter where
-    there is none, since embeddings, norms and heads may be float32 islands."""
-    parameters = dict(getattr(part, "blocks", part).named_parameters())
-    queries = [parameter for name, parameter in parameters.items() if name.endswith("q_proj.weight")]
-    parameter = next(iter([*queries, *parameters.values()]), None)
-    return torch.float32 if parameter is None else parameter.dtype
-
-
-def _axis_size(axis: str, name: str, owners: Mapping[str, nn.Module]) -> int | str:
-    """The size that the owning module, or one around it, gives the axis; the axis name if only inputs decide it."""
-    if axis.isdigit():
-        return int(axis)
-    path = name.rsplit(".", 1)[0]
-    while True:
-        size = getattr(owners[path], axis, None)
-        if isinstance(size, int):
-            return size
-        if not path:
-            return axis
-        path = path.rsplit(".", 1)[0] if "." in path else ""
-
-
-def _runtime_size(axis: str, point: HookPoint, sizes: Mapping[str, Sequence[int]], batch_size: int) -> int:
-    if axis in ROW_AXES:
-        rows = next(iter(point.streams.values())) if axis == "window" else point.pathway
-        # a tower for one camera sees fewer images than the whole pathway
-        rows = point.stream if axis == "image" and point.stream and point.stream in sizes else rows
-        return batch_size if axis == "batch" else sizes[rows][0]
-    return sum(sizes[stream][1] for stream in point.streams[axis].split("+"))

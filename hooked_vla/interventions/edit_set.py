@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from hooked_vla.hooks import names as hook_names
-from hooked_vla.hooks.model import Hook, HookedModel, HookSite
+from hooked_vla.hooks.model import Hook, HookedModel
+from hooked_vla.hooks.sites import HookSite
 from hooked_vla.inputs import ModelInputs
 from hooked_vla.interventions.edits import Edit, per_row
 from hooked_vla.interventions.places import Layout, Scenes, Site

@@ -13,7 +13,7 @@ from hooked_vla.atlas.skeletons import shipped_spec, skeleton, spec_from_json
 from hooked_vla.atlas.views.named_places import results_of
 from hooked_vla.describe import pathways
 from hooked_vla.hooks import names as hook_names
-from hooked_vla.hooks.model import HookSite
+from hooked_vla.hooks.sites import HookSite
 from hooked_vla.vla import HookedVLA
 from hooked_vla.weights import shipped_policies
 
