@@ -1,6 +1,7 @@
 """Writes the generated pages of docs/ from the models; a test fails when one is out of date."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -162,6 +163,12 @@ def results_page() -> str:
         for rule in definition.rules:
             marks = [_MARKS[about["verdicts"].get(rule.id, {}).get("holds")] for about in runs.values()]
             parts.append(f"| {rule.text} | " + " | ".join(marks) + " |")
+        # what a label means, and what has it, stands in the report
+        named = [
+            (model, [re.split(r"[:(]", each)[0].strip() for each in about["labels"]]) for model, about in runs.items()
+        ]
+        told = [f"{', '.join(labels)} ({model})" for model, labels in named if labels]
+        parts += ["", f"Labels: {'; '.join(told)}."] if told else []
         parts.append("")
     return "\n".join(parts)
 

@@ -130,6 +130,7 @@ class HookedModel(nn.Module):
         for tell in self.before_run:
             tell(inputs)
         self._n_runs += 1
+        self.run_state.n_denoise_steps = self.n_denoise_steps
 
     @property
     def n_runs(self) -> int:

@@ -49,13 +49,15 @@ class Run:
 
     denoise_step: 0-based step of the loop in progress (the expert's denoise steps, or the tokens that `decode`
     generates after the first), None outside it. env_step: the environment step, set by
-    whoever drives a rollout. in_use: by batch row, whether anything comes of its actions (an episode that is over keeps
-    its row), set by whoever drives a rollout; None: of all. segments: who owns each token of each stream.
+    whoever drives a rollout. n_denoise_steps: how many a pass has at most. in_use: by batch row, whether anything comes
+    of its actions (an episode that is over keeps its row), set by whoever drives a rollout; None: of all. segments: who
+    owns each token of each stream.
     """
 
     def __init__(self) -> None:
         self.denoise_step: int | None = None
         self.env_step: int | None = None
+        self.n_denoise_steps: int | None = None
         self.in_use: Sequence[bool] | None = None
         self.segments = SegmentTable(dict)
 

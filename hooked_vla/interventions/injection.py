@@ -252,6 +252,12 @@ class Injector:
         there = [held for held in found if held is not None]
         if any(held.steps != there[0].steps for held in there):
             raise ValueError(f"{self.label}: {hook.name}: donors were recorded at different denoise steps")
+        recorded, n = there[0].steps, hook.run.n_denoise_steps
+        if recorded is not None and n is not None and max(recorded) >= n:
+            raise ValueError(
+                f"{self.label}: {hook.name} was recorded at denoise step {max(recorded)}, but the target has {n}: "
+                "donor and target must denoise in as many steps"
+            )
         for donor, held in zip(self.donors, found, strict=True):
             if held is not None:
                 self._check(value, hook, held, each, donor)

@@ -46,7 +46,8 @@ class Suite:
     with an environment of the task and giving its action [d_action]; one expert acts in one environment, and starts
     anew when that is reset. None where there is none; it raises ValueError for a task that it cannot do. packages: what
     is installed besides the project's own needs and decides how episodes come out. quality: says how images are drawn,
-    where that can be chosen; None where it cannot.
+    where that can be chosen; None where it cannot. phases: what info["phase"] may be, in their order; empty where there
+    is no such.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Suite:
     )
     packages: tuple[str, ...] = ()
     quality: Callable[[], str] | None = None
+    phases: tuple[str, ...] = ()
 
     def task(self, name: str) -> SuiteTask:
         """A task by its id.

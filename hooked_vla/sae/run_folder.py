@@ -1,6 +1,6 @@
 """The folder of one training run: what it was begun with, its state, its logs, and the autoencoders it made.
 
-OUT/training.json        the configs; locked while a process trains
+OUT/training.json        the configs, and what the rows are; locked while a process trains
 OUT/state-000500/        what the run goes on from after 500 steps
 OUT/<site>/log.csv       figures while training; with config.json and sae.safetensors when it is done
 """
@@ -8,7 +8,7 @@ OUT/<site>/log.csv       figures while training; with config.json and sae.safete
 import csv
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +20,7 @@ from hooked_vla.sae.config import SAEConfig
 from hooked_vla.sae.files import WEIGHTS
 
 BEGUN, LOG = "training.json", "log.csv"
-FORMAT = "hooked-vla sae training 1"
+FORMAT = "hooked-vla sae training 2"
 COLUMNS = ("step", "loss", "fvu", "l0", "aux", "dead", "rate")
 
 
@@ -40,9 +40,12 @@ class RunFolder:
 
     @classmethod
     @contextmanager
-    def open(cls, folder: Path, configs: Sequence[SAEConfig], main: bool) -> "Iterator[RunFolder]":
+    def open(
+        cls, folder: Path, configs: Sequence[SAEConfig], main: bool, rows: Mapping[str, Any]
+    ) -> "Iterator[RunFolder]":
         """The folder of a run with these configs, begun or gone on with; the main process locks it.
 
+        rows: plain values that say what it is trained on.
         Raises ValueError where it was begun with others, naming what differs; BlockingIOError where another process
         trains there.
         """
@@ -53,15 +56,16 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("w") as opened:
             lock(opened, f"training in {folder}")
-            made._claim(configs)
+            made._claim(configs, rows)
             # what a killed process left
             for left in folder.glob(".state-*"):
                 shutil.rmtree(left)
             yield made
 
-    def _claim(self, configs: Sequence[SAEConfig]) -> None:
+    def _claim(self, configs: Sequence[SAEConfig], rows: Mapping[str, Any]) -> None:
         path = self.folder / BEGUN
-        now = json.loads(json.dumps({"format": FORMAT, "saes": [asdict(config) for config in configs]}))
+        saes = [asdict(config) for config in configs]
+        now = json.loads(json.dumps({"format": FORMAT, "saes": saes, "rows": dict(rows)}))
         if not path.is_file():
             write_json(path, now)
             return

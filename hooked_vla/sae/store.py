@@ -194,6 +194,12 @@ class TokenStore:
             into[at : at + len(part)] = part
             at += len(part)
 
+    @property
+    def sha256(self) -> str:
+        """Of the checksums of all shards and the rows of the one that is being written: of what is in the store."""
+        listed = [[shard.sha256, shard.rows] for shards in self.shards for shard in shards]
+        return hashlib.sha256(json.dumps([self.groups, listed]).encode()).hexdigest()
+
     def verify(self, progress: bool = False) -> None:
         """Read every finished shard and compare its checksum.
 

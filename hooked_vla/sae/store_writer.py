@@ -26,6 +26,7 @@ from hooked_vla.sae.store import (
     SHARD_ROWS,
     ShardLayout,
     file_hash,
+    group_shards,
     read_sites,
     shard_path,
 )
@@ -39,8 +40,8 @@ class StoreWriter:
     """
 
     def __init__(self, folder: str | Path, about: Mapping[str, Any], shard_rows: int = SHARD_ROWS) -> None:
-        """Raises ValueError for a folder with other files or another store, and shard_rows below 1; BlockingIOError
-        where another process writes there; NotADirectoryError for a file."""
+        """Raises ValueError for a folder with other files or another store, a shard that is missing or truncated, and
+        shard_rows below 1; BlockingIOError where another process writes there; NotADirectoryError for a file."""
         if shard_rows < 1:
             raise ValueError(f"shard_rows must be at least 1, got {shard_rows}")
         self.folder = Path(folder)
@@ -137,6 +138,8 @@ class _Group:
         self.at: int = described["partial_rows"]
         self.layout = ShardLayout.of(shard_rows, self.sites)
         self._file: BinaryIO | None = None
+        for shard in group_shards(folder, number, described, self.sites, shard_rows):
+            shard.check()
         self._clean()
 
     @property
@@ -232,8 +235,6 @@ class _Group:
     def _clean(self) -> None:
         """Removes what came after the last commit; a shard that was full by then is open again."""
         if self.at and not self._path(partial=True).is_file():
-            if not self._path().is_file():
-                raise ValueError(f"{self._path(partial=True)} is missing, but the manifest names it")
             self._path().replace(self._path(partial=True))
         kept = {Path(each["file"]).name for each in self.shards}
         if self.at:

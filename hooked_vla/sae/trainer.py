@@ -33,17 +33,19 @@ def train(
     save_every: int = 500,
     log_every: int = 50,
     progress: bool = True,
+    rows: Mapping[str, Any] | None = None,
 ) -> list[SparseAutoencoder]:
     """Train an autoencoder for each config, all on the same batches; the trained ones, in that order.
 
     out: OUT/<site>/ gets each autoencoder (`SparseAutoencoder.from_pretrained`) and its log.csv, averages over
     log_every steps; OUT/state-* what an interrupted run goes on from, saved every save_every steps (rounded up
-    to a multiple of log_every). The same call goes
-    on where it was stopped, to the bit on the same machine, and returns what is there where it had finished. Started
-    by `accelerate launch`, it runs on all of its processes. Under the same seeds the result is the same.
+    to a multiple of log_every). rows: plain values that say what the source reads, which must be the same when the run
+    goes on. The same call goes on where it was stopped, to the bit on the same machine, and returns what is there where
+    it had finished. Started by `accelerate launch`, it runs on all of its processes. Under the same seeds the result is
+    the same.
     Raises ValueError for sites that the source has not, other widths, configs that differ in steps or batch_size,
     activations that are constant or not finite (naming site and step), a source that ends early, and an `out` that was
-    begun with other configs; BlockingIOError where another process trains there.
+    begun with other configs or rows; BlockingIOError where another process trains there.
     """
     configs = list(configs)
     check(source, configs)
@@ -56,7 +58,7 @@ def train(
         )
     if accelerator.num_processes > 1 and any(config.schedule.contrast for config in configs):
         raise ValueError("temporal contrasts every token with all others of its batch: train it on one process")
-    with RunFolder.open(Path(out), configs, accelerator.is_main_process) as folder:
+    with RunFolder.open(Path(out), configs, accelerator.is_main_process, rows or {}) as folder:
         accelerator.wait_for_everyone()
         if folder.finished():
             return [SparseAutoencoder.from_pretrained(each, accelerator.device) for each in folder.of_each]

@@ -184,6 +184,17 @@ def test_a_donor_that_plans_at_other_steps_is_an_error(tiny_model: HookedVLA, ot
         tiny_model(make_observation(), noise)
 
 
+def test_a_donor_that_denoised_in_more_steps_is_an_error(
+    tiny_model: HookedVLA, other, noise: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n = tiny_model.n_denoise_steps
+    donors = donors_of(tiny_model, other, noise, EXPERT, (0,))
+    monkeypatch.setattr(tiny_model.net.head, "n_steps", n // 2)
+    assert tiny_model.n_denoise_steps == n // 2
+    with pytest.raises(ValueError, match=f"recorded at denoise step {n - 1}, but the target has {n // 2}"):
+        run(tiny_model, make_observation(), noise, Injection(EXPERT, "stop"), donors, 0)
+
+
 def test_rows_that_are_over_need_no_donor(tiny_model: HookedVLA, other, noise: Tensor) -> None:
     """An episode that is over keeps its row: that its donor has ended too is no error."""
     obs, donors = make_observation(), donors_of(tiny_model, other, noise, EXPERT, (0, 4))

@@ -29,6 +29,7 @@ from hooked_vla.rollouts.suites import Suite, get_suite
 from hooked_vla.rollouts.sweep import DEFAULTS, make_plan, run_plans
 from hooked_vla.sae.buffer import CAPACITY, N_BLOCKS, RingBuffer
 from hooked_vla.sae.rows import NONE, Capture, Names, RowTaker
+from hooked_vla.sae.source import check_same
 from hooked_vla.sae.store import SHARD_ROWS, TokenStore
 from hooked_vla.sae.store_writer import StoreWriter
 from hooked_vla.vla import HookedVLA
@@ -55,7 +56,7 @@ class _PolicySource:
         options: Options,
         device: str | torch.device,
     ) -> None:
-        capture = sites if isinstance(sites, Capture) else Capture(sites)
+        self.capture = capture = sites if isinstance(sites, Capture) else Capture(sites)
         self.plan = make_plan(model, suite, [first], options=options)
         self.n_envs, self.seed = self.plan.job.settings.n_envs, seed
         self.stream = PolicyStream(self.plan.job, model, capture, self.cells, previous, device)
@@ -86,18 +87,21 @@ class _PolicySource:
         """See `Source.batches`. Raises what running the policy raises."""
         return self.ring.batches(batch_size)
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """Plain values that say which rows come: weights, suite, settings of the rollouts, seed."""
+        settings = {name: value for name, value in self.plan.manifest["settings"].items() if name != "threads"}
+        return {
+            "weights": self.plan.job.weights, "suite": self.plan.job.suite.name, "settings": settings,
+            "seed": self.seed, "capture": self.capture.to_json(),
+        }  # fmt: skip
+
     def state_dict(self) -> dict[str, Any]:
-        weights, suite = self.plan.job.weights, self.plan.job.suite.name
-        return {"weights": weights, "suite": suite, "ring": self.ring.state_dict()}
+        return self.about | {"ring": self.ring.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Source.load_state_dict`; the episodes that the buffer holds are run again."""
-        own = self.state_dict()
-        for what in ("weights", "suite"):
-            if state.get(what) != own[what]:
-                raise ValueError(
-                    f"the state is of a source with another {what}: {state.get(what)!r}, not {own[what]!r}"
-                )
+        check_same(type(self).__name__, state, self.about)
         self.ring.load_state_dict(state["ring"])
 
     def close(self) -> None:
@@ -140,6 +144,10 @@ class RolloutSource(_PolicySource):
             found.task(task)
         super().__init__(model, found, first, sites, seed, buffer_rows, previous, options, device)
 
+    @property
+    def about(self) -> dict[str, Any]:
+        return super().about | {"tasks": self.tasks}
+
     def cells(self, unit: int) -> list[Cell] | None:
         """The episodes of a group."""
         numbers = range(unit * self.n_envs, (unit + 1) * self.n_envs)
@@ -179,6 +187,10 @@ class DatasetSource(_PolicySource):
         self.scenes, self.passes = [scenes[number] for number in wanted], passes
         super().__init__(model, suite, self.scenes[0], sites, seed, buffer_rows, previous, options, device)
 
+    @property
+    def about(self) -> dict[str, Any]:
+        return super().about | {"episodes": [scene.seed for scene in self.scenes], "passes": self.passes}
+
     def cells(self, unit: int) -> list[Cell] | None:
         """The episodes of a group; their ids are those of the data set."""
         number, group = divmod(unit, -(-len(self.scenes) // self.n_envs))
@@ -187,16 +199,6 @@ class DatasetSource(_PolicySource):
         order = np.random.default_rng((self.seed, number)).permutation(len(self.scenes))
         chosen = [self.scenes[i] for i in order[group * self.n_envs : (group + 1) * self.n_envs]]
         return [Cell(scene.seed, BASELINE.name, scene.task, scene.seed) for scene in chosen]
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"episodes": [scene.seed for scene in self.scenes]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See `Source.load_state_dict`."""
-        own = [scene.seed for scene in self.scenes]
-        if list(state.get("episodes", ())) != own:
-            raise ValueError(f"the state is of a source with other episodes: {state.get('episodes')}, not {own}")
-        super().load_state_dict(state)
 
 
 class StoreWatcher(Watcher):

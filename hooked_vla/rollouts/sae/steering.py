@@ -48,12 +48,13 @@ ROLLOUTS, TABLE = "rollouts", "steered.csv"
 
 def titration_arms(
     sae: SparseAutoencoder, ranked: Sequence[int], alive: Collection[int], counts: Sequence[int], seed: int,
-    **where: Any,
+    drop_negative: bool = False, **where: Any,
 ) -> list[EditArm]:  # fmt: skip
     """The first n of some ranked features set to 0, for every n of counts, each beside n random ones.
 
     ranked: best first. alive: what random ones are drawn from; the ranked ones that are ablated are left out, and those
-    drawn for a smaller n are among those for a larger one. where: tokens, denoise, env of the edits.
+    drawn for a smaller n are among those for a larger one. drop_negative: see `SparseAutoencoder.splice`. where:
+    tokens, denoise, env of the edits.
     Raises ValueError for counts that are not positive or more than there are features of either kind.
     """
     largest = max(counts, default=0)
@@ -64,7 +65,7 @@ def titration_arms(
             f"others that are alive, got {list(counts)}"
         )
     drawn = np.random.default_rng(seed).permutation(others).tolist()
-    spliced, arms = sae.splice(), []
+    spliced, arms = sae.splice(drop_negative), []
     for n in sorted(set(counts)):
         for name, features in ((RANKED, list(ranked[:n])), (RANDOM, drawn[:n])):
             edit = SAEFeatureEdit(sae.config.site, spliced, features, scale=0.0, **where)
@@ -190,11 +191,14 @@ def steer(
 
     phases: edit only in plans that are made in these, all where None. Other arguments as for `run_rollouts`. The same
     call goes on where it was interrupted.
-    Raises ValueError for a suite whose states have no end effector, edits that do not fit the model, and what
-    `run_rollouts` raises it for.
+    Raises ValueError for a suite whose states have no end effector, phases that it does not have, edits that do not fit
+    the model, and what `run_rollouts` raises it for.
     """
     out, suite = Path(out), get_suite(suite) if isinstance(suite, str) else suite
     layout = layout_of(suite.name)
+    if unknown := sorted(set(phases or ()) - set(suite.phases)):
+        known = ", ".join(suite.phases) or "none that its simulator tells"
+        raise ValueError(f"the suite {suite.name!r} has no phases {unknown}; it has: {known}")
     source = ModelSource(model) if isinstance(model, str) else model
     loaded = source.load() if isinstance(source, ModelSource) else source
     if name is None:

@@ -13,6 +13,7 @@ with needs_sim_extra():
 
     from hooked_vla.rollouts.suites import Suite, SuiteTask
     from hooked_vla.rollouts.tabletop.env import FPS, TabletopEnv
+    from hooked_vla.rollouts.tabletop.expert import PHASES
     from hooked_vla.rollouts.tabletop.scene import BLOCKS, CAMERAS, PADS
     from hooked_vla.rollouts.tabletop.tasks import TASKS, find_task
 
@@ -32,7 +33,10 @@ def _suite(name: str) -> Suite:
         return lambda env: env.unwrapped.expert_action()
 
     tasks = tuple(SuiteTask(task.id, task.instruction) for task in TASKS[name])
-    return Suite(name, tasks, CAMERAS, d_state=4, d_action=4, max_steps=MAX_STEPS, fps=FPS, make=make, expert=expert)
+    return Suite(
+        name, tasks, CAMERAS, d_state=4, d_action=4, max_steps=MAX_STEPS, fps=FPS, make=make, expert=expert,
+        phases=PHASES,
+    )  # fmt: skip
 
 
 SUITES = {name: _suite(name) for name in TASKS}

@@ -184,8 +184,8 @@ def test_a_tiny_run_leaves_maps_verdicts_and_a_film(tmp_path):
 def _knocked(context, **row: float) -> dict:
     table = pd.DataFrame([
         {"suite": "goal", "arm": "baseline", "success": 1.0},
-        {"suite": "goal", "arm": "expert: top head", "heads": "L0H0", "difference": 0.0, "holm_p": 1.0,
-         "displacement": 0.02, "floor": 1e-8, "zero_effect": False, "success": 1.0, **row},
+        {"suite": "goal", "arm": "expert: top head", "heads": "L0H0", "difference": 0.0, "mcnemar_p": 1.0,
+         "holm_p": 1.0, "displacement": 0.02, "floor": 1e-8, "zero_effect": False, "success": 1.0, **row},
     ])  # fmt: skip
     found = _knocked_out(context, table, "goal")
     return {"holds": found.holds, "measured": found.measured}
@@ -193,7 +193,8 @@ def _knocked(context, **row: float) -> dict:
 
 def test_success_that_stays_is_not_called_no_effect(context):
     found = _knocked(context, difference_low=-0.09, difference_high=0.09)
-    assert found["holds"] is True and "20.0 mm (rerun 0.0" in found["measured"] and "is an effect" in found["measured"]
+    assert found["holds"] is True and "20.0 mm (rerun 0.0" in found["measured"]
+    assert "is an effect, by being over twice the rerun's floor alone" in found["measured"]
     assert _knocked(context, difference_low=-0.12, difference_high=0.05)["holds"] is None
     assert _knocked(context, difference_low=-0.4, difference_high=-0.2)["holds"] is False
 

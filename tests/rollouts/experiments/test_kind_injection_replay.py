@@ -62,11 +62,23 @@ def test_where_a_mask_still_tells_the_prompt_nothing_is_called_replay(done) -> N
 def test_noise_as_large_is_the_control_and_the_floor_stands_beside_everything(done) -> None:
     table = done[1].main
     noise = table[table["donor"] == "noise"]
-    assert noise["site"].tolist() == ["expert (all layers)"] and noise["identical"].tolist() == [0]
-    assert noise["label"].tolist() == [""]
+    assert noise["site"].tolist() == ["expert (all layers)"] * 2 and noise["null"].tolist() == ["empty", "filler"]
+    assert noise["identical"].tolist() == [0, 0] and noise["label"].tolist() == ["", ""]
     for column in ("success_low", "success_high", "floor", "displacement"):
         assert table[column].notna().all()
     assert {"mcnemar_p", "holm_p", "difference_low"} <= set(table.columns)
+
+
+def test_noise_at_a_dead_end_is_no_control(done) -> None:
+    """There the injection changes nothing, and noise of the same size does not either."""
+    rows = [("own", "(nothing)", "", 0.3), ("own", "a", "open", 0.999), ("own", "b", "dead end", 0.3),
+            ("noise", "a", "", 0.2), ("noise", "b", "", 0.3)]  # fmt: skip
+    table = pd.DataFrame([{"donor": donor, "null": "empty", "site": site, "label": label, "cosine": cosine}
+                          for donor, site, label, cosine in rows])  # fmt: skip
+    found = kind._every_site(done[0], kind.Settings(episodes=1, nulls=("empty",)), table)
+    assert found.holds is True and "1 of 1 sites (without injection 0.300, with noise as large at most 0.200)" in (
+        found.measured
+    )
 
 
 def test_an_unrelated_donor_is_replayed_with_its_noise(done) -> None:

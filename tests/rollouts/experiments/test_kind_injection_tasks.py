@@ -46,6 +46,18 @@ def test_replay_ends_where_its_source_ends(done) -> None:
     assert all(verdict.holds is None for verdict in outcome.verdicts)
 
 
+def test_what_cuts_the_prompt_is_said_to(done) -> None:
+    reach = done[1].tables["reach"]
+    cut = [row["injected"] for row in reach.to_dict("records") if row["cuts_prompt"] and row["label"] == "open"]
+    said = [label for label in done[1].labels if label.startswith("prompt cut (")]
+    assert [label.partition("): ")[2].split(", ") for label in said] == ([cut] if cut else [])
+    opened = pd.DataFrame([{"injected": "vlm", "label": "open", "cuts_prompt": True},
+                           {"injected": "expert", "label": "replay", "cuts_prompt": True}])  # fmt: skip
+    assert [label for label in kind._labels(opened) if "prompt cut" in label and label.endswith(": vlm")]
+    shown = done[1].main.set_index("arm")["cuts_prompt"]
+    assert bool(shown["expert"]) and not bool(shown["baseline"])
+
+
 def test_with_the_object_moved_replay_goes_to_its_old_place(done) -> None:
     moved = done[1].tables["moved_object"]
     assert len(moved), "no source grasps within the steps of this test"

@@ -14,13 +14,16 @@ from hooked_vla import HookedVLA
 from hooked_vla.rollouts.experiments.compare import Runs
 from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.definition import find_experiment
-from hooked_vla.rollouts.experiments.kinds.probes_held_out import hold_out
+from hooked_vla.rollouts.experiments.kinds import probes
+from hooked_vla.rollouts.experiments.kinds.probes_held_out import HeldOut, _ahead, hold_out
 from hooked_vla.rollouts.experiments.kinds.probes_removal import (
     ANOTHER_ALL,
     AS_FAR_ALL,
     GOAL_ALL,
     RANDOM_ALL,
+    _prepared,
     choose_removal,
+    fit_removals,
     pursued_goals,
     removal_verdicts,
 )
@@ -118,6 +121,15 @@ def test_the_largest_of_many_margins_is_not_what_is_judged() -> None:
     assert row["low"] <= row["margin"] <= row["high"]
 
 
+def test_a_control_that_reads_more_says_nothing_for_the_other_side() -> None:
+    def held(estimate: float) -> HeldOut:
+        return HeldOut((), estimate, np.full(8, estimate), estimate)
+
+    found = {("block", "language model"): held(0.1), ("block", "expert"): held(-0.7)}
+    ahead = _ahead("block", "language model", "expert", ("block",), found)
+    assert (ahead["margin"], ahead["low"], ahead["high"]) == (0.1, 0.1, 0.1)
+
+
 def removal_case(tmp_path: Path, goal: float, far: float, astray: float) -> dict[str, bool | None]:
     """Verdicts where so many of forty episodes succeed without the goal's directions, or random ones moved as far; and
     in so many of the former's another goal is pursued."""
@@ -154,7 +166,14 @@ def test_another_goal_is_another_block_or_pad() -> None:
     assert found["right_block"].tolist() == [True, True, True, False, False]
 
 
-def test_a_small_run_ends_in_a_report(tmp_path: Path) -> None:
+def test_a_small_run_ends_in_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted: list[Any] = []
+
+    def fit(model: HookedVLA, settings: Any, frames: Any, *rest: Any) -> Any:
+        fitted.append((model, settings, frames, fit_removals(model, settings, frames, *rest)))
+        return fitted[-1][-1]
+
+    monkeypatch.setattr(probes, "fit_removals", fit)
     small = {
         "episodes": 12, "removal_episodes": 1, "n_folds": 2, "n_shuffles": 1, "max_steps": 8,
         "sites": ["vlm.blocks.0.hook_resid_post", "expert.blocks.0.hook_resid_post"],
@@ -185,6 +204,21 @@ def test_a_small_run_ends_in_a_report(tmp_path: Path) -> None:
     text = (tmp_path / "out" / "report.md").read_text()
     assert "success was not probed: 12 of 12 episodes failed" in text
     assert {path.stem for path in (tmp_path / "out" / "figures").iterdir()} == {"scores", "margins", "removal"}
+    for removal in fitted[0][-1].values():
+        check_moved_as_far(*fitted[0][:3], removal)
     before = (tmp_path / "out" / "results.parquet").read_bytes()
     run_experiment(experiment, tmp_path / "out", "smolvla-tabletop")
     assert (tmp_path / "out" / "results.parquet").read_bytes() == before
+
+
+@torch.no_grad()
+def check_moved_as_far(model: HookedVLA, settings: Any, frames: Any, removal: Any) -> None:
+    """Stretched, random directions move the tokens themselves as far as the goal's do, and not only their means."""
+    inputs, noise = _prepared(model, settings, frames)
+    tokens = []
+    for edits in ([], [removal.edit("goal")], [removal.edit("as far")]):
+        with model.edits(edits):
+            _, cache = model.run_with_cache(inputs, removal.site, noise=noise)
+        tokens.append(cache[removal.site].segment(removal.segment, pad_value=0.0).flatten(0, 1))
+    goal, far = (float((edited - tokens[0]).square().sum(1).mean().sqrt()) for edited in tokens[1:])
+    assert goal == pytest.approx(far, rel=1e-3) and goal > 0

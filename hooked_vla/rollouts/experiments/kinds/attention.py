@@ -30,6 +30,7 @@ from hooked_vla.rollouts.experiments.kinds.attention_maps import (
     step_table,
 )
 from hooked_vla.rollouts.experiments.kinds.battery_runs import (
+    ALPHA,
     compare_suites,
     gate_note,
     points,
@@ -264,11 +265,13 @@ def _knocked_out(context: Context, compared: pd.DataFrame, suite: str) -> Verdic
         control = np.mean([each["displacement"] for each in sham]) if sham else float("nan")
         still = row["zero_effect"]
         moved = "not known" if pd.isna(still) else "no effect" if still else "an effect"
+        by = "the test" if row["mcnemar_p"] < ALPHA else "being over twice the rerun's floor alone"
+        moved += f", by {by}" if moved == "an effect" else " by the test and twice the rerun's floor"
         said.append(
             f"{arm} ({row['heads']}): {points(row['difference'])} ({points(row['difference_low'])} to "
             f"{points(row['difference_high'])}, Holm-adjusted p = {row['holm_p']:.2g}); moved "
             f"by {1000 * row['displacement']:.1f} mm (rerun {1000 * row['floor']:.1f}, random heads "
-            f"{1000 * control:.1f}), which by the test and twice the rerun's floor is {moved}"
+            f"{1000 * control:.1f}), which is {moved}"
         )
     # the first is the best of all; the others are those of their pathways
     first = next(iter(tops.values()))

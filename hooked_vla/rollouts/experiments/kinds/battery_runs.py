@@ -36,6 +36,17 @@ SAME, REFUSED = "as another kind: not run", "refused: not run"
 RUN = (CHANGED, PARTLY)
 # of tests, as in the flags of a comparison
 ALPHA = 0.05
+# of tasks: with fewer, intervals that resample them are too narrow (analysis/statistics.py)
+FEW_TASKS = 10
+
+
+def few_tasks(table: pd.DataFrame) -> list[str]:
+    """What a reader must know of intervals in suites of few tasks; table: a comparison."""
+    suites = {row["suite"]: row["n_tasks"] for row in records(table) if row["n_tasks"] < FEW_TASKS}
+    return [
+        f"Intervals that resample the {n} tasks of {suite} are narrower than they should be: so few can be drawn in "
+        "few ways." for suite, n in suites.items()
+    ]  # fmt: skip
 
 
 def limited(context: Context, max_steps: int) -> Options:

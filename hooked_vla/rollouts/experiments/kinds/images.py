@@ -24,6 +24,7 @@ from hooked_vla.rollouts.experiments.kinds.battery_runs import (
     cell_of,
     changes,
     compare_suites,
+    few_tasks,
     gate_note,
     keep,
     limited,
@@ -109,7 +110,7 @@ def run(context: Context, settings: Settings) -> Outcome:
         tables={"reach": reach, "tasks": pd.concat([by_task(each) for each in runs.values()], ignore_index=True)},
         figures=figures,
         labels=_labels(records(reach)),
-        notes=_notes(records(reach)),
+        notes=[*_notes(records(reach)), *few_tasks(table)],
     )
 
 
@@ -210,6 +211,8 @@ def _labels(reach: list[dict[str, Any]]) -> list[str]:
 def _notes(reach: list[dict[str, Any]]) -> list[str]:
     notes = [
         "Pictures are changed alike at every step of an episode; noise is drawn anew at each, from the episode's seed.",
+        "Instructions name blocks and pads by their colours: kinds that change or remove colour take away what the "
+        "goal is told by, which other photometric kinds do not.",
         f"Kinds of the group {REMOVAL} are controls: what is left of success without the picture, or its middle.",
         "Geometric kinds move what cameras show while the state still tells where the end effector is: the two then "
         "contradict each other, which no demonstration did.",

@@ -46,6 +46,7 @@ from hooked_vla.rollouts.experiments.kinds.injection_runs import (
     fillers,
     gate,
     likeness,
+    prompt_badge,
     reach_of,
     reach_row,
     record,
@@ -85,7 +86,7 @@ _COMPARED = ("success_low", "success_high", "difference", "difference_low", "dif
 class Settings:
     """episodes: of each arm. suite: whose tasks share a scene, so that the prompt counts. max_steps: after which an
     episode has failed. nulls: prompts that say nothing: "empty", or "filler", as many tokens as the own prompt's; rules
-    are judged under all of them. controls: which injections get one of noise, under the first null, by glob. gate: the
+    are judged under all of them. controls: which injections get one of noise, by glob. gate: the
     least success of the baseline. moved: run the moved object too."""
 
     episodes: int
@@ -141,16 +142,16 @@ def _told(context: Context, settings: Settings, source: Recorded) -> dict[str, T
 def _run_arms(
     context: Context, settings: Settings, source: Recorded, groups: Mapping[str, list[str]], told: Mapping[str, Told]
 ) -> Runs:
-    """Every group under every null prompt, from the scene's own run; under the first null, noise as large, and an
+    """Every group under every null prompt, from the scene's own run, and noise as large; under the first null, an
     unrelated episode's values, noise included; and the baseline's rerun."""
     own, unrelated = (choose(source.sources, source.scenes) for choose in (same_scene, cross_task))
     arms: list[Arm] = [BASELINE]
     for null, each in told.items():
         arms.append(ToldArm(f"{null}: {NONE}", [each]))
         arms += [_arm(f"{null}: {name}", source, sites, own, each) for name, sites in groups.items()]
+    arms += [noise_of(_arm(f"{null}: {name}", source, groups[name], own, each))
+             for null, each in told.items() for name in _controlled(settings, groups)]  # fmt: skip
     null = settings.nulls[0]
-    arms += [noise_of(_arm(f"{null}: {name}", source, groups[name], own, told[null]))
-             for name in _controlled(settings, groups)]  # fmt: skip
     arms += [_arm(_unrelated(name), source, with_noise(context.model, sites), unrelated, told[null])
              for name, sites in groups.items() if len(sites) > 1]  # fmt: skip
     options = limited(context, settings.max_steps)
@@ -197,9 +198,9 @@ def _compare(
     own, unrelated = (choose(source.sources, source.scenes) for choose in (same_scene, cross_task))
     found = {(row["null"], row["site"]): row for row in records(reach)}
     compared = {row["arm"]: row for row in records(compare(main, layout, normalize, seed=context.seed))}
-    null = settings.nulls[0]
+    null, controlled = settings.nulls[0], _controlled(settings, groups)
     cells = [(OWN, each, name, f"{each}: {name}", own) for each in settings.nulls for name in (NONE, *groups)]
-    cells += [(CONTROL, null, name, f"noise: {null}: {name}", own) for name in _controlled(settings, groups)]
+    cells += [(CONTROL, each, name, f"noise: {each}: {name}", own) for each in settings.nulls for name in controlled]
     cells += [(UNRELATED, null, name, _unrelated(name), unrelated) for name in groups if len(groups[name]) > 1]
     rows = []
     for donor, each, name, arm, donors in cells:
@@ -277,7 +278,10 @@ def _every_site(context: Context, settings: Settings, table: pd.DataFrame) -> Ve
         low = ", ".join(f"{row['site']} {row['cosine']:.3f}" for row in live if row["cosine"] < limit) or "none"
         without = next(row["cosine"] for row in records(table)
                        if (row["donor"], row["null"], row["site"]) == (OWN, null, NONE))  # fmt: skip
-        noise = [row["cosine"] for row in records(table) if (row["donor"], row["null"]) == (CONTROL, null)]
+        # where an injection changes nothing, noise does not either
+        dead = [row["site"] for row in _single(table, null) if row["label"] == DEAD_END]
+        noise = [row["cosine"] for row in records(table)
+                 if (row["donor"], row["null"]) == (CONTROL, null) and row["site"] not in dead]  # fmt: skip
         beside = f", with noise as large at most {max(noise):.3f}" if noise else ""
         told.append(f"{null} prompt: {len(high)} of {len(live)} sites (without injection {without:.3f}{beside}); "
                     f"below: {low}")  # fmt: skip
@@ -360,9 +364,7 @@ def _labels(table: pd.DataFrame) -> list[str]:
              for (label, site), each in found.items()]  # fmt: skip
     cut = sorted({f"{row['site']} ({row['null']} prompt)" for row in records(table)
                   if row["cuts_prompt"] and row["label"] not in (REPLAY, CUT_SET, DEAD_END)})  # fmt: skip
-    prompts = [f"prompt cut (prompts alone make no difference, but what else is seen does; here that is the donor's "
-               f"own, so its episode comes back): {', '.join(cut)}"]  # fmt: skip
-    return badges(named) + (prompts if cut else [])
+    return badges(named) + prompt_badge(cut, "the donor's own, so its episode comes back")
 
 
 def _notes(settings: Settings, moved: pd.DataFrame | None) -> list[str]:

@@ -305,6 +305,12 @@ MEANING = {
 }
 
 
+def prompt_badge(names: Sequence[str], comes_back: str) -> list[str]:
+    """What a reader must know of injections under which prompts make no difference. comes_back: what that leads to."""
+    said = f"prompt cut (prompts alone make no difference, but what else is seen does; here that is {comes_back})"
+    return [f"{said}: {', '.join(names)}"] if names else []
+
+
 def badges(found: Iterable[tuple[str, str]]) -> list[str]:
     """What a reader must know first. found: an injection's name, and its label."""
     by_label: dict[str, list[str]] = {}

@@ -15,6 +15,7 @@ import numpy as np
 from hooked_vla.analysis.metrics import SOURCE
 from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.interventions.injection import HOLD, Injection
+from hooked_vla.interventions.injection_reach import OPEN
 from hooked_vla.rollouts.arms import BASELINE, Arm
 from hooked_vla.rollouts.cells import Scene
 from hooked_vla.rollouts.experiments.compare import (
@@ -44,6 +45,7 @@ from hooked_vla.rollouts.experiments.kinds.injection_runs import (
     badges,
     gate,
     overrides,
+    prompt_badge,
     reach_of,
     reach_row,
     record,
@@ -156,7 +158,7 @@ def run(context: Context, settings: Settings) -> Outcome:
             "endpoints": (endpoint_figure(each, "Where episodes end when their source has ended"), _CAPTION),
             "success": (success_bars(compared, reference=BASELINE.name), "Success of the own task."),
         },
-        labels=badges((row["injected"], row["label"]) for row in records(reach)),
+        labels=_labels(reach),
         notes=[*_NOTES, *lacking, *_left_out(settings, setup, moved)],
     )
 
@@ -252,11 +254,20 @@ def _summary(each: pd.DataFrame, reach: pd.DataFrame, compared: pd.DataFrame) ->
     """Shares and means by arm, with what running showed of its injection, and the standard comparison's columns."""
     labels = {row["injected"]: row["label"] for row in records(reach)}
     table = summarise_override(each)
+    cuts = {row["injected"]: row["cuts_prompt"] for row in records(reach)}
     table.insert(2, "label", [labels.get(arm, "") for arm in table["arm"]])
+    table.insert(3, "cuts_prompt", [bool(cuts.get(arm, False)) for arm in table["arm"]])
     rows = {row["arm"]: row for row in records(compared)}
     for at, name in enumerate(("success_low", "success_high", "holm_p", "displacement", "floor")):
-        table.insert(5 + at, name, [rows[arm][name] for arm in table["arm"]])
+        table.insert(6 + at, name, [rows[arm][name] for arm in table["arm"]])
     return table
+
+
+def _labels(reach: pd.DataFrame) -> list[str]:
+    rows = records(reach)
+    cut = [row["injected"] for row in rows if row["cuts_prompt"] and row["label"] == OPEN]
+    back = "the donor's start and noise, so that injecting does what telling the source's prompt does"
+    return badges((row["injected"], row["label"]) for row in rows) + prompt_badge(cut, back)
 
 
 def _moved(context: Context, settings: Settings, setup: Setup) -> pd.DataFrame:

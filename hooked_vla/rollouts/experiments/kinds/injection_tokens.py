@@ -19,6 +19,7 @@ from hooked_vla.inputs import LANGUAGE, PAD, Segments
 from hooked_vla.interventions.injection import HOLD, Injection
 from hooked_vla.interventions.injection_reach import DEAD_END, is_dead_end
 from hooked_vla.interventions.injection_sites import PREFIX_KV, choose_sites, residual_sites
+from hooked_vla.interventions.injection_tokens import START
 from hooked_vla.rollouts.activation_reader import ActivationRecording
 from hooked_vla.rollouts.arms import BASELINE, Arm
 from hooked_vla.rollouts.experiments.compare import (
@@ -181,7 +182,9 @@ def injections(places: Sequence[Place], recording: ActivationRecording, settings
         for text in (LANGUAGE, *settings.segments):
             parts = tuple(text.split("+"))
             if all(any(fnmatchcase(name, part) for name in present) for part in parts):
-                found[f"{text}: {place.name}"] = Injected(text, place, Injection(place.sites, HOLD, tokens=parts))
+                found[f"{text}: {place.name}"] = Injected(
+                    text, place, Injection(place.sites, HOLD, tokens=parts, align=START)
+                )
         for draw in range(settings.draws):
             seed = zlib.crc32(f"{place.name} {draw}".encode())
             chosen = Injection(place.sites, HOLD, positions=random_tokens(recording, place.sites[0], seed))
@@ -374,6 +377,8 @@ def _notes(settings: Settings, context: Context, places: Sequence[Place]) -> lis
         "At the stream's first place, language tokens are word embeddings: injecting them is telling the instruction. "
         "What is deeper down also carries what these tokens have read, of the donor's images and state; and a prompt "
         "that states the robot's state has its tokens in this segment too.",
+        "Where a segment has another number of tokens than the donor's (a prompt that states the state), tokens "
+        "are paired from its start, and what is left over stays as it is.",
         f"Random tokens are drawn {settings.draws} time(s) for each place anew, of the tokens that are neither "
         "language nor padding: the same ones at every step and in every episode.",
         "restored: (success - success under the null prompt) / (baseline - success under the null prompt). "

@@ -140,9 +140,9 @@ def _remove(
     """Effects of removals on single plans, the comparison in closed loop, its verdicts, and where the removals of one
     place took things out. Episodes are others than those that the probes were fitted on."""
     options, seed = limited(context, settings.max_steps), context.seed + _APART
-    removals = fit_removals(context.model, recorded.own, recorded.labels, context.seed)
     frames = choose_frames(read_frames(context.folder("frames")), _FRAMES, context.seed)
     prepared = settings_in(context, settings.suite, options)
+    removals = fit_removals(context.model, prepared, frames, recorded.own, recorded.labels, context.seed)
     effects = context.table("effects", lambda: removal_effects(context.model, prepared, frames, removals))
     chosen = choose_removal(effects)
     arms = [BASELINE, *removal_arms(removals, chosen)]
@@ -254,13 +254,16 @@ def _notes(recorded: Recorded, chosen: tuple[str, str]) -> list[str]:
         "nothing, is the control for that. Activations are means over tokens: which token stands out is not read.",
         "Accuracy below chance: where a task is left out, training has fewer examples of its block and its pad, so a "
         "probe that reads one of the two guesses the other worse than at random.",
+        "A margin below 0 says that a control reads more, not that the model hides what it knows: in comparisons of "
+        "language model and expert it counts as 0.",
         "Random weights see the same frames and the same noise; their expert's inputs at later denoise steps are their "
         "own. Rules are judged at the first denoise step, at which the expert's input holds nothing of the action yet.",
         "R² is within tasks: a probe that only tells tasks apart scores 0. Pictures end at -1.",
         f"Removals act on {' in '.join(chosen)} tokens, where taking the goal's directions out changes single plans "
         "most compared with random ones. Other layers may carry the goal past one site: hence the arms that act at all "
-        "layers at once. Random directions that are stretched move tokens as far as the goal's, on unedited episodes; "
-        "they are what the goal's are judged against. Episodes start from other seeds than those of the probes.",
+        "layers at once. Random directions that are stretched move tokens as far as the goal's, in root mean square "
+        f"over the tokens of {_FRAMES} unedited plans; they are what the goal's are judged against. Episodes start "
+        "from other seeds than those of the probes.",
         "A policy that fails has not lost its goal for that: it counts as pursuing another one where it lifts another "
         "block first, or does another goal and not its own.",
     ]

@@ -44,7 +44,7 @@ def hold_out(scored: Sequence[Scored], seed: int) -> pd.DataFrame:
     score, margin: of the chosen places on the half of the tasks that they were not chosen on, mean of the halves, the
     margin with its 95 % interval by tasks; largest: the largest margin of any place on all tasks; places: how many
     there were to choose from. Of the expert, the first denoise step alone: later its own input is nearly the action.
-    "block and pad" is the mean of the two.
+    "block and pad" is the mean of the two. What one side is ahead by is of margins that are at least 0.
     """
     found: dict[tuple[str, str], HeldOut] = {}
     rows = []
@@ -103,8 +103,9 @@ def _ahead(
     label: str, side: str, other: str, own: Sequence[str], found: Mapping[tuple[str, str], HeldOut]
 ) -> dict[str, Any]:
     pairs = [(found[each, side], found[each, other]) for each in own]
-    low, high = _ends(np.mean([mine.draws - theirs.draws for mine, theirs in pairs], axis=0))
-    margin = float(np.mean([mine.estimate - theirs.estimate for mine, theirs in pairs]))
+    # a control that reads more than the model says nothing for the other side
+    low, high = _ends(np.mean([np.maximum(mine.draws, 0) - np.maximum(theirs.draws, 0) for mine, theirs in pairs], 0))
+    margin = float(np.mean([max(mine.estimate, 0) - max(theirs.estimate, 0) for mine, theirs in pairs]))
     return {"label": label, "side": AHEAD[side], "margin": margin, "low": low, "high": high}
 
 

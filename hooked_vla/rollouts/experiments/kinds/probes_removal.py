@@ -6,11 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
 
 from hooked_vla.analysis.probes import fit_probe
 from hooked_vla.analysis.statistics import mcnemar
 from hooked_vla.analysis.subspaces import Subspace, from_probes, random_subspace
 from hooked_vla.extras import needs_analysis_extra
+from hooked_vla.inputs import ModelInputs
 from hooked_vla.interventions import Edit, EditArm
 from hooked_vla.rollouts.acting import prepare
 from hooked_vla.rollouts.activation_reader import ActivationRecording
@@ -35,7 +39,7 @@ _SEGMENTS = (IMAGES, "language")
 @dataclass(frozen=True, eq=False)
 class Removal:
     """What goal probes read at one site in one segment. random: as many random dimensions around the same center;
-    stretch: the strength at which taking those out moves tokens as far."""
+    stretch: the strength at which taking those out moves tokens as far, in root mean square."""
 
     site: str
     segment: str
@@ -51,10 +55,16 @@ class Removal:
 
 
 def fit_removals(
-    model: HookedVLA, recording: ActivationRecording, labels: pd.DataFrame, seed: int
+    model: HookedVLA,
+    settings: Settings,
+    frames: Sequence[KeptFrame],
+    recording: ActivationRecording,
+    labels: pd.DataFrame,
+    seed: int,
 ) -> dict[tuple[str, str], Removal]:
-    """Probes of block and pad at every recorded site before the expert that reaches the action, on all plans."""
-    found = {}
+    """Probes of block and pad at every recorded site before the expert that reaches the action, on all plans; what
+    taking them out does to a token is measured on the frames."""
+    found: dict[tuple[str, str], tuple[Subspace, Subspace, Subspace]] = {}
     for site, about in model.hook_points.items():
         if site not in recording.sites or about.denoised or not about.reaches_action or about.axes[0] != "batch":
             continue
@@ -65,10 +75,35 @@ def fit_removals(
             random, another = (
                 random_subspace(goal.d, goal.k, seed + i, site, goal.center) for i in range(2)
             )  # fmt: skip
-            # how far each takes the activations that it was fitted on
-            moved = [float(each.coordinates(x).square().sum(1).mean().sqrt()) for each in (goal, random)]
-            found[site, str(segment)] = Removal(site, str(segment), goal, random, another, moved[0] / moved[1])
+            found[site, str(segment)] = goal, random, another
+    tokens = _tokens(model, settings, frames, list(found))
+    removals = {}
+    for place, (goal, random, another) in found.items():
+        moved = [float(each.coordinates(tokens[place]).square().sum(1).mean().sqrt()) for each in (goal, random)]
+        removals[place] = Removal(*place, goal, random, another, moved[0] / moved[1])
+    return removals
+
+
+def _tokens(
+    model: HookedVLA, settings: Settings, frames: Sequence[KeptFrame], places: Sequence[tuple[str, str]]
+) -> dict[tuple[str, str], Float[Tensor, "n d"]]:
+    """The tokens of segments at sites, on frames as the policy sees them."""
+    with constant_text(model.processor, settings.constant_text), torch.no_grad():
+        inputs, noise = _prepared(model, settings, frames)
+        _, cache = model.run_with_cache(inputs, list(dict.fromkeys(site for site, _ in places)), noise=noise)
+    found = {}
+    for site, segment in places:
+        rows = rearrange(cache[site].segment(segment, pad_value=float("nan")), "b t d -> (b t) d")
+        found[site, segment] = rows[~rows.isnan().any(1)]
     return found
+
+
+def _prepared(model: HookedVLA, settings: Settings, frames: Sequence[KeptFrame]) -> tuple[ModelInputs, Any]:
+    """Inputs of frames, and the noise of their episodes at their steps."""
+    inputs = prepare(model, settings, [each.frame for each in frames])
+    noise = SeededNoise.of(model, inputs.rows([0]))
+    drawn = [noise([each.seed], each.env_step) for each in frames]
+    return inputs, [torch.cat(each) for each in zip(*drawn, strict=True)]
 
 
 def removal_effects(
@@ -77,10 +112,7 @@ def removal_effects(
     """How much each removal changes the chunk that is planned on frames: ‖edited - clean‖ ÷ ‖clean‖, mean over frames,
     for the goal's directions (goal), random ones (random), and those stretched (as_far)."""
     with constant_text(model.processor, settings.constant_text), torch.no_grad():
-        inputs = prepare(model, settings, [each.frame for each in frames])
-        noise = SeededNoise.of(model, inputs.rows([0]))
-        drawn = [noise([each.seed], each.env_step) for each in frames]
-        draws = [torch.cat(each) for each in zip(*drawn, strict=True)]
+        inputs, draws = _prepared(model, settings, frames)
         clean = model(inputs, draws).normalized.flatten(1)
         rows = []
         for removal in removals.values():

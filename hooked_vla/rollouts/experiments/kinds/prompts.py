@@ -31,6 +31,7 @@ from hooked_vla.rollouts.experiments.kinds.battery_runs import (
     cell_of,
     changes,
     compare_suites,
+    few_tasks,
     gate_note,
     limited,
     points,
@@ -105,7 +106,7 @@ def run(context: Context, settings: Settings) -> Outcome:
         },
         figures={"success": (bars, "Success of the original task; dashed: the baseline's."), **goal_figures(did)},
         labels=_labels(records(reach)),
-        notes=_notes(records(reach)),
+        notes=[*_notes(records(reach)), _default_note(settings.shared_suite), *few_tasks(table)],
     )
 
 
@@ -247,6 +248,14 @@ def _reached(row: Mapping[str, Any], goal: str) -> bool:
 def _labels(reach: list[dict[str, Any]]) -> list[str]:
     idle = ", ".join(f"{row['kind']} ({row['suite']})" for row in reach if row["status"] == UNCHANGED)
     return [f"no token changed: {idle}. The model gets the same ids, so these were not run."] if idle else []
+
+
+def _default_note(suite: str) -> str:
+    """What a default can be where only the instruction tells tasks apart."""
+    return (
+        f"In {suite} the tasks have the same scenes, and only the instruction tells them apart: without it, what is "
+        "the same over starts is a default of the policy. That each task has one of its own cannot show there."
+    )
 
 
 def _notes(reach: list[dict[str, Any]]) -> list[str]:
