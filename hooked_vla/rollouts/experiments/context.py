@@ -72,6 +72,11 @@ class Context:
         return self.source.load()
 
     @property
+    def reads_words(self) -> bool:
+        """Whether the policy is told anything: one that is not can only do tasks that the scene shows."""
+        return hasattr(self.model.processor, "tokenizer")
+
+    @property
     def rules(self) -> dict[str, Rule]:
         return {rule.id: rule for rule in self.definition.rules}
 

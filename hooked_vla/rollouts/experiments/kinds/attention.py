@@ -72,7 +72,7 @@ Row = Mapping[str, Any]
 
 def run(context: Context, settings: Settings) -> Outcome:
     """Raises ValueError for another suite than the tabletop's, and a camera that the model does not see."""
-    suite = settings.suite if hasattr(context.model.processor, "tokenizer") else settings.wordless_suite
+    suite = settings.suite if context.reads_words else settings.wordless_suite
     found = moments(context, suite, settings.scenes)
     if settings.camera not in found[0].images:
         raise ValueError(f"{context.model_name} sees the cameras {list(found[0].images)}, not {settings.camera!r}")

@@ -44,12 +44,13 @@ with needs_analysis_extra():
 
 @dataclass(frozen=True)
 class Settings:
-    """episodes: of each suite and arm. max_steps: after which an episode has failed. kinds: of IMAGE_KINDS; none for
-    all. strengths: of the kinds that have degrees; rules are judged at 1. cameras: whose pictures are changed; none for
-    all that the policy sees."""
+    """episodes: of each suite and arm. wordless_suites: in place of suites for models that read no words. max_steps:
+    after which an episode has failed. kinds: of IMAGE_KINDS; none for all. strengths: of the kinds that have degrees;
+    rules are judged at 1. cameras: whose pictures are changed; none for all that the policy sees."""
 
     episodes: int
     suites: tuple[str, ...] = ("goal", "object")
+    wordless_suites: tuple[str, ...] = ("object", "spatial")
     max_steps: int = 120
     kinds: tuple[str, ...] = ()
     strengths: tuple[float, ...] = (1.0,)
@@ -75,7 +76,7 @@ class Settings:
 def run(context: Context, settings: Settings) -> Outcome:
     """Raises ValueError for a camera that the policy does not see."""
     arms = {arm.name: arm for arm in settings.arms()}
-    suites = settings.suites
+    suites = settings.suites if context.reads_words else settings.wordless_suites
     reach = context.table("reach", lambda: pd.concat([check_images(context, settings, each) for each in suites]))
     runs = dict[str, Runs]()
     for suite in suites:
@@ -211,8 +212,8 @@ def _labels(reach: list[dict[str, Any]]) -> list[str]:
 def _notes(reach: list[dict[str, Any]]) -> list[str]:
     notes = [
         "Pictures are changed alike at every step of an episode; noise is drawn anew at each, from the episode's seed.",
-        "Instructions name blocks and pads by their colours: kinds that change or remove colour take away what the "
-        "goal is told by, which other photometric kinds do not.",
+        "Blocks and pads are told apart by their colours: kinds that change or remove colour take away what goals are "
+        "made of, which other photometric kinds do not.",
         f"Kinds of the group {REMOVAL} are controls: what is left of success without the picture, or its middle.",
         "Geometric kinds move what cameras show while the state still tells where the end effector is: the two then "
         "contradict each other, which no demonstration did.",

@@ -1,7 +1,7 @@
 """The layer grid: every block of prefix and expert is taken out in closed loop: zero, its mean, or skipped."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
 import torch
@@ -47,14 +47,15 @@ _APART = 50_000
 
 @dataclass(frozen=True)
 class Settings:
-    """episodes: of each arm. source_episodes: of the policy's own, from other starts, that means and tokens are taken
-    from. kinds: of ablation. pathways: whose blocks; those that the model lacks are left out. every: only every so many
+    """episodes: of each arm. wordless_suite: in place of suite for models that read no words. source_episodes: of the
+    policy's own, from other starts, that means and tokens are taken from. kinds: of ablation. pathways: whose blocks; those that the model lacks are left out. every: only every so many
     blocks of a pathway, from its first on. max_steps: after which an episode has failed. pairs: of runs in which
     estimates by gradients are held against exact patching, 0 for none; points: of integrated gradients."""
 
     episodes: int
     source_episodes: int
     suite: str = "goal"
+    wordless_suite: str = "object"
     kinds: tuple[str, ...] = ("zero", "mean", "skip")
     pathways: tuple[str, ...] = ("vlm", "encoder", "adapter", "expert")
     every: int = 1
@@ -74,6 +75,7 @@ class Settings:
 def run(context: Context, settings: Settings) -> Outcome:
     """Raises ValueError for a model without blocks in the pathways."""
     model = context.model
+    settings = settings if context.reads_words else replace(settings, suite=settings.wordless_suite)
     there = {hook_names.pathway(block) for block in list_blocks(model)}
     ways = [way for way in settings.pathways if way in there]
     if not ways:
