@@ -78,7 +78,8 @@ def train(
 
 
 def check(source: Source, configs: Sequence[SAEConfig]) -> None:
-    """Raises ValueError unless the configs go together, and the source has what they read."""
+    """Raises ValueError unless the configs go together, the source has what they read, and something makes codes
+    sparse."""
     if not configs:
         raise ValueError("no autoencoder to train: configs is empty")
     shared = {(config.schedule.steps, config.schedule.batch_size) for config in configs}
@@ -86,6 +87,10 @@ def check(source: Source, configs: Sequence[SAEConfig]) -> None:
         raise ValueError(f"all configs must have the same steps and batch_size, got {sorted(shared)}")
     widths = source.widths
     for config in configs:
+        if config.k is None and not config.schedule.penalty:
+            raise ValueError(
+                f"{config.label}: {config.architecture} is sparse by its penalty alone, which must be above 0"
+            )
         read = {config.site: config.d_model, config.target: config.d_decoded}
         if config.architecture == "temporal":
             read[config.site + PREVIOUS] = config.d_model

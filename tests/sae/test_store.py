@@ -148,6 +148,20 @@ def test_a_kill_while_the_last_shard_is_made_leaves_a_store_that_goes_on(tmp_pat
     assert contents(write(folder)) == contents(write(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("place", ["open", "full"])
+def test_a_writer_does_not_go_on_with_a_truncated_shard(tmp_path, place):
+    """Filled up with zeros, it would pass for whole."""
+    folder = write(tmp_path / "s", range(2), finish=False)
+    suffix = "partial" if place == "open" else "safetensors"
+    damaged = next(folder.glob(f"group-0/*.{suffix}"))
+    os.truncate(damaged, 100)
+    with pytest.raises(ValueError, match=f"{damaged.name} is truncated"):
+        StoreWriter(folder, ABOUT, 16)
+    # nor does it hold on to the folder
+    with pytest.raises(ValueError, match="is truncated"):
+        StoreWriter(folder, ABOUT, 16)
+
+
 def test_two_writers_are_refused(tmp_path):
     with StoreWriter(tmp_path / "s", ABOUT) as writer:
         with pytest.raises(BlockingIOError, match="another process is writing the store .*s"):

@@ -85,7 +85,7 @@ def test_one_pass_over_the_source_feeds_all(tmp_path: Path) -> None:
             yield rows
 
     made.batches = batches  # pyright: ignore[reportAttributeAccessIssue]
-    train(made, [settings("topk", steps=4), settings("relu", steps=4)], tmp_path, progress=False)
+    train(made, [settings("topk", steps=4), settings("relu", steps=4, penalty=0.1)], tmp_path, progress=False)
     assert asked == [64] * 4
 
 

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hooked_vla.rollouts.cli import failure
+from hooked_vla.rollouts.sae.cli_tables import print_features, print_frame, print_loop, print_store, show_feature
 
 if TYPE_CHECKING:
-    import pandas as pd
     import torch
 
-    from hooked_vla.rollouts.sae.feature_index import FeatureIndex
-    from hooked_vla.rollouts.sae.hooked_sr import HookedSR
     from hooked_vla.sae.autoencoder import SparseAutoencoder
-    from hooked_vla.sae.store import TokenStore
+
+# as of the experiments: starts that neither policies nor autoencoders were trained on
+UNSEEN = 700_000
 
 sae = typer.Typer(no_args_is_help=True, help="Sparse autoencoders on a policy's activations.")
 
@@ -68,7 +68,7 @@ def collect(
             )  # fmt: skip
         else:
             raise ValueError("say how many --episodes the policy is to act")
-    _print_store(store)
+    print_store(store)
 
 
 @sae.command()
@@ -76,13 +76,16 @@ def train(
     site: Annotated[list[str], typer.Option(help='where, as in "expert.blocks.*.hook_resid_post"; may come several '
                                                  "times")],
     out: Annotated[Path, typer.Option(help="folder of the autoencoders; a run that was interrupted goes on")],
-    model: Annotated[str, typer.Option(help="a checkpoint's name, folder or hub id")],
+    model: Annotated[str | None, typer.Option(help="a checkpoint's name, folder or hub id; with --store, the "
+                                                   "store's")] = None,
     suite: Annotated[str, typer.Option(help="where the policy acts meanwhile: goal, object, ...")] = "goal",
     store: Annotated[Path | None, typer.Option(help="what `collect` kept of the model; it then need not act")] = None,
     preset: Annotated[str, typer.Option(help="hooked, atlas, atlas-temporal, drvla or event")] = "hooked",
     change: Annotated[list[str] | None, typer.Option("--set", help="change one of the preset's settings, as in k=32 or "
                                                                    "architecture=topk; may come several times")] = None,
     steps: Annotated[int | None, typer.Option(help="of training; else the preset's")] = None,
+    segments: Annotated[str | None, typer.Option(help='only these tokens, as it acts: "language,image:*"')] = None,
+    denoise_steps: Annotated[str | None, typer.Option(help='only these, as it acts: "0,9"')] = None,
     quick: Annotated[bool, typer.Option("--quick", help="120 small steps, to see that everything works")] = False,
     seed: Annotated[int, typer.Option(help="of weights, and of the first episode")] = 0,
     device: Annotated[str, typer.Option(help="where model and training run: cpu, cuda, ...")] = "cpu",
@@ -93,22 +96,30 @@ def train(
     with mistakes(), redirect_stdout(sys.stderr):
         from dataclasses import replace
 
+        from hooked_vla.rollouts.export_cli import read_numbers
         from hooked_vla.rollouts.jobs import ModelSource
         from hooked_vla.rollouts.sae import training as work
         from hooked_vla.rollouts.settings import Options
+        from hooked_vla.sae.rows import Capture
         from hooked_vla.sae.store import TokenStore
 
-        amount = work.QUICK if quick else work.Amount()
-        amount = amount if steps is None else replace(amount, steps=steps)
         changes = work.read_changes(change or ())
+        amount = work.quick_amount(preset, changes) if quick else work.Amount()
+        amount = amount if steps is None else replace(amount, steps=steps)
+        denoised = None if denoise_steps is None else frozenset(read_numbers(denoise_steps))
         if store is not None:
+            if segments is not None or denoised is not None:
+                raise ValueError("a store has the tokens and denoise steps that it was collected with")
             found = work.train_on_store(
                 TokenStore(store), site, preset, model, amount, out, seed, changes, device, progress=True
             )  # fmt: skip
+        elif model is None:
+            raise ValueError("say which --model acts, or in which --store its activations are")
         else:
             source = ModelSource(model, device=device, dtype=dtype)
+            capture = Capture(tuple(site), segments=_names(segments), denoise_steps=denoised)
             found = work.train_on_policy(
-                source, suite, site, preset, amount, out, seed, changes, Options(n_envs), progress=True
+                source, suite, capture, preset, amount, out, seed, changes, Options(n_envs), progress=True
             )  # fmt: skip
     for each, evaluation in found:
         typer.echo(f"{each.config.site}: {evaluation}")
@@ -139,7 +150,8 @@ def evaluate(
     episodes: Annotated[int, typer.Option(help="of each arm, spread evenly over the tasks")],
     out: Annotated[Path, typer.Option(help="folder of the results; a run that was interrupted goes on")],
     suite: Annotated[str, typer.Option(help="where the policy acts: goal, object, ...")] = "goal",
-    seed: Annotated[int, typer.Option(help="episode i starts from this number + i")] = 0,
+    seed: Annotated[int, typer.Option(help="episode i starts from this number + i; the default is apart from what "
+                                           "autoencoders are trained on")] = UNSEEN,
     tasks: Annotated[str | None, typer.Option(help="only these tasks of the suite, separated by commas")] = None,
     pools: Annotated[str, typer.Option(help="token, mean (of all tokens), segment_mean")] = "token,mean",
     by_segment: Annotated[bool, typer.Option("--by-segment", help="also in each token segment by itself")] = False,
@@ -163,12 +175,14 @@ def evaluate(
         from hooked_vla.rollouts.settings import Options
 
         steps = () if denoise_steps is None else sorted(read_numbers(denoise_steps))
+        saes = open_saes(coder)
+        _warn_of_other_models(saes, model)
         found = hooked_sr(
-            ModelSource(model, device=device, dtype=dtype), suite, open_saes(coder), episodes, seed, out,
+            ModelSource(model, device=device, dtype=dtype), suite, saes, episodes, seed, out,
             _names(pools) or (), by_segment, steps, noise, drop_negative, _names(tasks),
             Options(n_envs, n_action_steps=n_action_steps), executor=make_executor(executor, workers), progress=True,
         )  # fmt: skip
-    _print_loop(found)
+    print_loop(found)
     typer.echo(f"wrote {out}")
     if not found.is_exact:
         typer.secho(
@@ -195,11 +209,11 @@ def index(
 
         if coefficients not in PUBLISHED:
             raise ValueError(f"unknown coefficients {coefficients!r}; choose one of {list(PUBLISHED)}")
-        (own,) = open_saes([coder])[:1]
+        own = _open_sae(coder)
         found = build_index(
             TokenStore(store), own.to(device), out, PUBLISHED[coefficients], on, memory=memory, progress=True
         )  # fmt: skip
-    _print_features(found, found.features(n=10))
+    print_features(found, found.features(n=10))
     typer.echo(f"wrote {out}")
 
 
@@ -220,13 +234,13 @@ def features(
         if feature is not None and search is not None:
             raise ValueError("say either which --feature, or what to --search for")
         if feature is not None:
-            _show_feature(found, feature, n, as_json)
+            show_feature(found, feature, n, as_json)
             return
         listed = found.features(sort, n) if search is None else found.search(search, n)
     if as_json:
         typer.echo(listed.to_json(orient="records"))
     else:
-        _print_features(found, listed)
+        print_features(found, listed)
 
 
 @sae.command()
@@ -242,14 +256,20 @@ def steer(
     concept: Annotated[str | None, typer.Option(help='those that tell a label first, as in "phase=grasp"')] = None,
     counts: Annotated[str, typer.Option(help="how many features are ablated")] = "1,4,16",
     phases: Annotated[str | None, typer.Option(help="only in plans made in these phases, separated by commas")] = None,
+    segments: Annotated[str | None, typer.Option(help='only at these tokens: "language,image:*"')] = None,
+    steps: Annotated[str | None, typer.Option("--denoise-steps", help='only at these, as in "0,9"')] = None,
+    drop_negative: Annotated[bool, typer.Option("--drop-negative", help="of a top-k without ReLU, leave out features "
+                                                                        "below zero, which edits cannot keep")] = False,
     suite: Annotated[str, typer.Option(help="where the policy acts: goal, object, ...")] = "goal",
-    seed: Annotated[int, typer.Option(help="of what is drawn; episode i starts from this number + i")] = 0,
+    seed: Annotated[int, typer.Option(help="of what is drawn; episode i starts from this number + i, which is apart "
+                                           "from what autoencoders are trained on")] = UNSEEN,
     tasks: Annotated[str | None, typer.Option(help="only these tasks of the suite, separated by commas")] = None,
     device: Annotated[str, typer.Option(help="where the model runs: cpu, cuda, ...")] = "cpu",
     n_envs: Annotated[int, typer.Option(help="episodes side by side in one batch")] = 8,
 ) -> None:  # fmt: skip
     """Edit features while the policy acts: a dose of one feature, or more and more of them ablated."""
     with mistakes(), redirect_stdout(sys.stderr):
+        from hooked_vla.rollouts.export_cli import read_numbers
         from hooked_vla.rollouts.jobs import ModelSource
         from hooked_vla.rollouts.sae import steering as work
         from hooked_vla.rollouts.sae.feature_index import FeatureIndex
@@ -257,23 +277,26 @@ def steer(
 
         if (feature is None) == (folder is None):
             raise ValueError("say either which --feature to add, or of which --index to ablate features")
-        (own,) = open_saes([coder])[:1]
+        own = _open_sae(coder)
+        _warn_of_other_models([own], model)
+        where = {"tokens": _names(segments), "denoise": None if steps is None else sorted(read_numbers(steps))}
         if feature is not None:
             doses = [float(each) for each in _names(rhos) or ()]
-            arms = work.dose_arms(own.config.site, own.direction(feature), doses, seed)
+            arms = work.dose_arms(own.config.site, own.direction(feature), doses, seed, **where)
         else:
             assert folder is not None
             ranked, alive = FeatureIndex(folder).ranking(concept)
-            arms = work.titration_arms(own, ranked, alive, [int(each) for each in _names(counts) or ()], seed)
+            numbers = [int(each) for each in _names(counts) or ()]
+            arms = work.titration_arms(own, ranked, alive, numbers, seed, drop_negative, **where)
         found = work.steer(
             ModelSource(model, device=device), suite, arms, episodes, seed, out, _names(phases), _names(tasks),
             Options(n_envs), progress=True,
         )  # fmt: skip
     shown = ["arm", "n", "success", "success_low", "success_high", "holm_p", "displacement", "cosine", "unchanged"]
-    _print_frame(f"steering {own.config.site}", found.table.filter(shown))
+    print_frame(f"steering {own.config.site}", found.table.filter(shown))
     if feature is not None:
         for axis, label in enumerate("xyz"):
-            _print_frame(f"end effector along {label} (m)", work.dose_response(found, axis))
+            print_frame(f"end effector along {label} (m)", work.dose_response(found, axis))
     typer.echo(f"wrote {out}")
 
 
@@ -318,69 +341,17 @@ def open_saes(names: Sequence[str]) -> "list[SparseAutoencoder]":
     return found
 
 
-def _print_loop(found: "HookedSR") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    base = found.baseline
-    title = f"unedited: {base.success_rate:.1%} of {base.episodes}" + (
-        "" if found.is_above_gate else " (too few to tell a loss)"
-    )
-    table = Table("arm", "success", "95 % interval", "of unedited", "p (Holm)", "expl. variance", "FVU", title=title)
-    for name, arm in found.arms.items():
-        low, high = arm.rate.interval
-        ratio, p = ("" if arm.ratio is None else f"{arm.ratio:.3f}"), arm.p_holm
-        table.add_row(
-            name, f"{arm.rate.success_rate:.1%}", f"{low:.1%} to {high:.1%}", ratio, "" if p != p else f"{p:.3g}",
-            f"{arm.fidelity.explained_variance:.3f}", f"{arm.fidelity.fvu:.3f}",
-        )  # fmt: skip
-    Console().print(table)
+def _open_sae(name: str) -> "SparseAutoencoder":
+    """One autoencoder. Raises ValueError for a folder of several, and as `open_saes`."""
+    found = open_saes([name])
+    if len(found) > 1:
+        raise ValueError(f"{name} has the autoencoders of {[each.config.site for each in found]}: name one's folder")
+    return found[0]
 
 
-_SHOWN = ("feature", "score", "density", "frames", "coverage", "general", "general_null", "description")
-
-
-def _show_feature(found: "FeatureIndex", feature: int, n: int, as_json: bool) -> None:
-    """All that an index has of one feature."""
-    import json
-
-    head = found.feature(feature)
-    tables = {
-        "frames": found.top_frames(feature, n), "episodes": found.top_episodes(feature, n),
-        "labels": found.shares(feature), "concepts": found.concepts(feature),
-        "decoder neighbours": found.neighbours(feature), "coactive": found.neighbours(feature, "coactive"),
-    }  # fmt: skip
-    if as_json:
-        # JSON has no NaN
-        plain = {name: None if value != value else value for name, value in head.items()}
-        body = {name: json.loads(str(table.to_json(orient="records"))) for name, table in tables.items()}
-        typer.echo(json.dumps({**plain, **body}))
-        return
-    typer.echo(f"feature {feature} of {found.site}: {head['description']}")
-    for name, table in tables.items():
-        _print_frame(name, table)
-
-
-def _print_features(found: "FeatureIndex", table: "pd.DataFrame") -> None:
-    _print_frame(f"features of {found.site}", table.filter([name for name in _SHOWN if name in table]))
-
-
-def _print_frame(title: str, frame: "pd.DataFrame") -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(*map(str, frame.columns), title=title)
-    for row in frame.itertuples(index=False):
-        table.add_row(*(f"{each:.3g}" if isinstance(each, float) else escape(str(each)) for each in row))
-    Console().print(table)
-
-
-def _print_store(store: "TokenStore") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("site", "rows", "width", "dtype", title=f"{len(store.episodes)} episodes in {store.folder}")
-    for name in store.sites:
-        table.add_row(name, f"{store.n_rows(name):,}", str(store.widths[name]), str(store.dtype(name))[6:])
-    Console().print(table)
+def _warn_of_other_models(saes: "Sequence[SparseAutoencoder]", model: str) -> None:
+    if others := sorted({sae.config.model for sae in saes} - {model}):
+        said = (
+            f"these autoencoders are of {', '.join(others)}, not of {model}: what they call features may mean nothing"
+        )
+        typer.secho(said, err=True, fg="yellow")

@@ -27,8 +27,6 @@ from hooked_vla.sae.store_source import StoreSource
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from toy_suite import tiny, toy_suite
 
-pytestmark = pytest.mark.usefixtures("unchecked_shapes")
-
 VLM, EXPERT, VISION = "vlm.blocks.1.hook_resid_post", "expert.blocks.0.hook_resid_post", "vision.blocks.0.hook_mlp_out"
 SITES = [VLM, EXPERT, VISION]
 OPTIONS = Options(n_envs=3, n_action_steps=4, image_size=32, max_steps=10)
@@ -264,8 +262,13 @@ def test_mistakes_are_named(model):
     with pytest.raises(ValueError, match=r"one forward pass brings \d+ rows, but a block"):
         next(source(buffer_rows=64).batches(10))
     state = source().state_dict()
-    with pytest.raises(ValueError, match="another suite: 'toy', not 'other'"):
+    with pytest.raises(ValueError, match="suite 'toy' instead of 'other'"):
         RolloutSource(model, toy_suite(name="other"), SITES, 5, None, 8192, options=OPTIONS).load_state_dict(state)
+    # as many episodes side by side decide which rows come together
+    with pytest.raises(ValueError, match="settings .*'n_envs': 3"):
+        source(options=replace(OPTIONS, n_envs=2)).load_state_dict(state)
+    with pytest.raises(ValueError, match="tasks"):
+        source(tasks=["walk"]).load_state_dict(state)
     with pytest.raises(ValueError, match="capacity 8192 instead of 16384"):
         source(buffer_rows=16384).load_state_dict(state)
 

@@ -32,8 +32,6 @@ from hooked_vla.sae.store import TokenStore
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from toy_suite import tiny, toy_suite
 
-pytestmark = pytest.mark.usefixtures("unchecked_shapes")
-
 VLM, EXPERT = "vlm.blocks.1.hook_resid_post", "expert.blocks.0.hook_resid_post"
 OPTIONS = Options(n_envs=4, n_action_steps=4, image_size=32, max_steps=12)
 BLOCK = 150

@@ -1,6 +1,7 @@
 """Autoencoders of a policy as it acts, and of a store: trained, evaluated on other episodes, kept."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +12,19 @@ from typer.testing import CliRunner
 from hooked_vla.cli import app
 from hooked_vla.rollouts.jobs import ModelSource
 from hooked_vla.rollouts.sae.collect import collect
-from hooked_vla.rollouts.sae.training import QUICK, read_changes, train_on_policy, train_on_store
+from hooked_vla.rollouts.sae.training import (
+    QUICK,
+    QUICK_MEANS,
+    quick_amount,
+    read_changes,
+    train_on_policy,
+    train_on_store,
+)
 from hooked_vla.rollouts.settings import Options
 from hooked_vla.rollouts.suites import get_suite
 from hooked_vla.sae.autoencoder import SparseAutoencoder
+from hooked_vla.sae.rows import Capture
 from hooked_vla.sae.store import TokenStore
-
-pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 
 SITES = "expert.blocks.[01].hook_resid_post"
 SITE = "expert.blocks.1.hook_resid_post"
@@ -64,6 +71,47 @@ def test_a_store_trains_and_keeps_episodes_for_the_evaluation(
     assert 500 < evaluation.rows <= 800 and evaluation.explained_variance > 0.5
 
 
+def test_a_store_is_used_for_what_it_holds(store: TokenStore, tmp_path: Path) -> None:
+    def made(name: str, model: str | None, changes: dict, kept: TokenStore = store):
+        return train_on_store(kept, SITE, name, model, LITTLE, tmp_path / "out", 0, changes, "cpu", False)
+
+    with pytest.raises(ValueError, match="keeps rows of pooling 'token', but the preset 'drvla' is of 'mean'"):
+        made("drvla", "smolvla-tabletop", {})
+    with pytest.raises(ValueError, match="holds activations of 'smolvla-tabletop', not of 'pi05-tabletop'"):
+        made("hooked", "pi05-tabletop", {})
+    [(sae, _)] = made("hooked", None, {"rate": 3e-3})
+    assert sae.config.model == "smolvla-tabletop"
+    # the same folder is not gone on with on other rows, and keeps what it has
+    before = (tmp_path / "out" / SITE / "evaluation.json").read_bytes()
+    other = TokenStore(shutil.copytree(store.folder, tmp_path / "other"))
+    other.shards[0][0] = replace(other.shards[0][0], sha256="0" * 64)
+    with pytest.raises(ValueError, match="was changed: its SHA-256"):
+        made("hooked", None, {"rate": 3e-3}, other)
+    other.verify = lambda progress: None  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ValueError, match="begun with other settings: rows.store"):
+        made("hooked", None, {"rate": 3e-3}, other)
+    assert (tmp_path / "out" / SITE / "evaluation.json").read_bytes() == before
+
+
+def test_a_transcoder_trains_as_the_policy_acts(tmp_path: Path) -> None:
+    output = "expert.blocks.2.hook_resid_post"
+    changes = read_changes(["architecture=transcoder", f"output_site={output}", "k=8", "rate=3e-3"])
+    capture = Capture(SITE, denoise_steps=frozenset({0, 9}))
+    policy = ModelSource("smolvla-tabletop")
+    [(sae, evaluation)] = train_on_policy(
+        policy, "goal", capture, "hooked", LITTLE, tmp_path, 0, changes, Options(4), False
+    )
+    assert (sae.config.site, sae.config.target) == (SITE, output)
+    assert sae.config.d_output == sae.w_dec.shape[1] and evaluation.explained_variance > 0.2
+    with pytest.raises(ValueError, match="begun with other settings: rows.capture.denoise_steps"):
+        train_on_policy(policy, "goal", SITE, "hooked", LITTLE, tmp_path, 0, changes, Options(4), False)
+
+
+def test_quick_means_are_few_means() -> None:
+    assert quick_amount("hooked", {}) is QUICK and quick_amount("hooked", {"pooling": "mean"}) is QUICK_MEANS
+    assert quick_amount("drvla", {}) is QUICK_MEANS and quick_amount("drvla", {"pooling": "token"}) is QUICK
+
+
 def test_one_episode_is_too_few(store: TokenStore, tmp_path: Path) -> None:
     store = TokenStore(store.folder)
     store.episodes = [0]
@@ -93,6 +141,10 @@ def test_the_command_prints_the_evaluation_and_goes_on(store: TokenStore, tmp_pa
         (["--site", SITE, "--preset", "mine"], "unknown preset 'mine'"),
         (["--site", SITE, "--set", "kk=3"], "unknown settings ['kk']"),
         (["--site", SITE, "--set", "k"], "written name=value"),
+        (["--site", SITE, "--set", "k=abc"], "k must be int | None, got 'abc'"),
+        (["--site", SITE, "--set", "rate=high"], "rate must be float, got 'high'"),
+        (["--site", SITE, "--set", "model=x"], "unknown settings ['model']"),
+        (["--site", SITE, "--set", "architecture=relu", "--set", "steps=3"], "relu is sparse by its penalty alone"),
         (["--site", SITE, "--set", "k=5000"], "k must be in 1..768, the number of features, got 5000"),
         (["--site", SITE, "--suite", "nowhere"], "nowhere"),
         (["--site", SITE, "--store", "nowhere"], "nowhere"),

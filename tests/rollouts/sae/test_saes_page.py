@@ -11,7 +11,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
-from unchecked import unchecked_shapes
 
 from hooked_vla import HookedVLA
 from hooked_vla.cli import app
@@ -36,9 +35,9 @@ LESS = {"steps=2000": "steps=2", "episodes=6": "episodes=2"}
 @pytest.fixture(scope="module", autouse=True)
 def _place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """An empty folder, short episodes, little training, and an autoencoder of the package: a small one where the
-    package has none of that name. Without runtime shape checks, which other tests have."""
+    package has none of that name."""
     folder = tmp_path_factory.mktemp("page")
-    with unchecked_shapes(), pytest.MonkeyPatch.context() as patched:
+    with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
         patched.setitem(tabletop.SUITES, "goal", replace(get_suite("goal"), max_steps=8))
         little = replace(training.QUICK, steps=4, batch_size=64, buffer_rows=5120, evaluated=200)

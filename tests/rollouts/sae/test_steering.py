@@ -22,8 +22,6 @@ from hooked_vla.sae.presets import preset
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from toy_suite import ToyEnv, tiny, toy_suite
 
-pytestmark = pytest.mark.usefixtures("unchecked_shapes")
-
 SITE = "expert.blocks.0.hook_resid_post"
 OPTIONS = Options(n_envs=4, n_action_steps=4, image_size=32, max_steps=8)
 
@@ -38,7 +36,7 @@ class TimedEnv(ToyEnv):
 
 def suite():
     """Named as one whose states tell the end effector's place."""
-    return toy_suite(name="goal", make=TimedEnv, tasks=toy_suite().tasks[:2])
+    return toy_suite(name="goal", make=TimedEnv, tasks=toy_suite().tasks[:2], phases=("early", "late"))
 
 
 def sae(k: int = 8) -> SparseAutoencoder:
@@ -115,6 +113,9 @@ def test_an_edit_in_a_phase_begins_with_the_plan_made_in_it(tmp_path):
     assert everywhere.table.set_index("arm").loc["push", "unchanged"] == 0
     with pytest.raises(ValueError, match="name at least one phase"):
         PhaseArm("p", arm, (), PhaseWatcher())
+    with pytest.raises(ValueError, match=r"has no phases \['lat'\]; it has: early, late"):
+        run([arm], out=tmp_path / "typo", phases=["early", "lat"])
+    assert not (tmp_path / "typo").exists()
 
 
 def test_mistakes_are_named(tmp_path):
@@ -133,6 +134,9 @@ def test_mistakes_are_named(tmp_path):
 
 def test_the_command_says_mistakes_in_one_line(tmp_path):
     sae().save_pretrained(tmp_path / "sae")
+    several = tmp_path / "several"
+    for name in ("a", "b"):
+        sae().save_pretrained(several / name)
 
     def call(*arguments: str):
         return CliRunner().invoke(
@@ -141,8 +145,12 @@ def test_the_command_says_mistakes_in_one_line(tmp_path):
         )  # fmt: skip
 
     for arguments, said in (
-        ((), "say either which --feature"), (("--feature", "99"), "has no feature 99: its features are 0..59"),
-        (("--feature", "1", "--rhos", "a"), "could not convert"), (("--index", str(tmp_path)), "not an index"),
-    ):  # fmt: skip
+        ((), "say either which --feature"),
+        (("--feature", "1", "--sae", str(several)), "name one's folder"),
+        (("--feature", "99"), "has no feature 99: its features are 0..59"),
+        (("--feature", "1", "--rhos", "a"), "could not convert"),
+        (("--feature", "1", "--phases", "grsp"), "no phases ['grsp']; it has: approach, descend, grasp"),
+        (("--index", str(tmp_path)), "not an index"),
+    ):
         done = call(*arguments)
         assert done.exit_code == 2 and said in " ".join(done.output.replace("│", "").split()), done.output

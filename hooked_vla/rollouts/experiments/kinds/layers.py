@@ -48,9 +48,10 @@ _APART = 50_000
 @dataclass(frozen=True)
 class Settings:
     """episodes: of each arm. wordless_suite: in place of suite for models that read no words. source_episodes: of the
-    policy's own, from other starts, that means and tokens are taken from. kinds: of ablation. pathways: whose blocks; those that the model lacks are left out. every: only every so many
-    blocks of a pathway, from its first on. max_steps: after which an episode has failed. pairs: of runs in which
-    estimates by gradients are held against exact patching, 0 for none; points: of integrated gradients."""
+    policy's own, from other starts, that means and tokens are taken from. kinds: of ablation. pathways: whose blocks;
+    those that the model lacks are left out. every: only every so many blocks of a pathway, from its first on.
+    max_steps: after which an episode has failed. pairs: of runs in which estimates by gradients are held against exact
+    patching, 0 for none; points: of integrated gradients."""
 
     episodes: int
     source_episodes: int
