@@ -174,7 +174,8 @@ class Theirs:
 
 
 def check_agreement(ours: Ours, theirs: Theirs, rows: Mapping[str, Tensor]) -> float:
-    """How far gradients are apart, relative to their length, the worst of them. Raises ValueError beyond rounding."""
+    """How far gradients are apart, relative to their length, the worst of them; of what is reconstructed, since the two
+    weigh AuxK's term differently. Raises ValueError beyond rounding."""
     from sae_lens.saes.sae import TrainStepInput
 
     worst = 0.0
@@ -182,9 +183,12 @@ def check_agreement(ours: Ours, theirs: Theirs, rows: Mapping[str, Tensor]) -> f
         x = rows[objective.sae.config.site]
         sae = theirs.trainers[objective.sae.config.site].sae
         given = TrainStepInput(x, {}, None, 0, False)
+        silent = objective.silent.clone()
+        objective.silent.zero_()
         mine = torch.autograd.grad(
             objective(x, 0).loss, [objective.sae.w_enc, objective.sae.w_dec, objective.sae.b_dec]
         )
+        objective.silent.copy_(silent)
         their = torch.autograd.grad(sae.training_forward_pass(given).loss, [sae.W_enc, sae.W_dec, sae.b_dec])
         for a, b in zip(mine, (their[0].T, *their[1:]), strict=True):
             worst = max(worst, float((a - b).norm() / b.norm()))
