@@ -159,6 +159,45 @@ def typed_numbers(source: str) -> Iterator[tuple[int, str, str]]:
                 yield node.lineno, number, node.value
 
 
+def typed_values(source: str) -> Iterator[tuple[int, str]]:
+    """(line, code) where a number from the source stands in for a measured one: a default of `get` that is a fraction,
+    and a name in small letters that was given a number and is then said."""
+    tree = ast.parse(source)
+    given = {
+        target.id
+        for node in ast.walk(tree) if isinstance(node, ast.Assign) and _is_number(node.value)
+        for target in node.targets if isinstance(target, ast.Name) and target.id.islower()
+    }  # fmt: skip
+    counted = {node.target.id for node in ast.walk(tree)
+               if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name)}  # fmt: skip
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
+            if len(node.args) == 2 and _is_number(node.args[1]) and ast.literal_eval(node.args[1]) % 1:
+                yield node.lineno, ast.unparse(node)
+        elif isinstance(node, ast.FormattedValue):
+            said = {each.id for each in ast.walk(node.value) if isinstance(each, ast.Name)}
+            if said & (given - counted):
+                yield node.lineno, ast.unparse(node)
+
+
+def _is_number(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and type(node.value) in (int, float)
+
+
+def test_no_number_of_the_source_stands_in_for_a_measured_one() -> None:
+    planted = (
+        'rate = 0.845\nsay(f"success {rate:.1%}")\nsay(row.get("success", 0.845))\nn = 0\nn += 1\n'
+        'say(f"{n} of {LIMIT}", row.get("n", 0))\n'
+    )
+    assert sorted(line for line, _ in typed_values(planted)) == [2, 3]
+    files = [*(PACKAGE / "rollouts" / "experiments").rglob("*.py"), *(PACKAGE / "atlas").rglob("*.py")]
+    typed = [f"{path}:{line}: {code}" for path in files for line, code in typed_values(path.read_text())]
+    assert typed == [], "\n".join(typed)
+    # nor has the page: an axis, and the confidence of intervals
+    for path in (PACKAGE / "atlas" / "page").glob("*.js"):
+        assert set(re.findall(r"\d[\d.]* ?%", path.read_text())) <= {"100 %", "95 %"}, path
+
+
 def test_no_measured_number_is_typed_into_an_experiment() -> None:
     planted = 'def f(x):\n    """At 3 %."""\n    raise ValueError("at least 2")\n    return f"{x:.1f} of 73.4 %, 95 %"'
     assert [(number, line) for line, number, _ in typed_numbers(planted)] == [("73.4", 4), ("95", 4)]

@@ -337,7 +337,7 @@ def _notes(settings: Settings, fits: Fits, sites: pd.DataFrame) -> list[str]:
         f"The chosen number of dimensions ({fits.k}) is the fewest with which a method has {_SHARE:.0%} of the whole "
         "patch's effect on frames of episodes that it was not fitted on; all methods run with as many, or all they "
         "have. DAS begins at the principal components of the pairs' differences.",
-        f"The stream is {fits.subspaces[DAS].d} wide, in published policies 720 and more: what counts of a "
+        f"The stream is {fits.subspaces[DAS].d} wide, and those of published policies are far wider: what counts of a "
         "number of dimensions that suffices is its share of these.",
         "Random swaps move tokens less than those of DAS; one arm makes them as long, by a factor of "
         f"{fits.stretch:.1f}.",
