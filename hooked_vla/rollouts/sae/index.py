@@ -89,8 +89,8 @@ def build_index(
     model, on: of the metric of generality, see sae/generality.py. labels: of every plan, with episode, env_step, task,
     seed and any of LABELS; None for what `collect` recorded beside the store. memory: of DuckDB, as in "2GB".
     Raises KeyError for a site that the store does not have; ValueError for an autoencoder of other rows (width,
-    pooling), an empty or unfinished store, one with a shard that was changed, labels that lack plans, and a folder with another index; BlockingIOError
-    where another process writes there.
+    pooling), an empty or unfinished store, one with a shard that was changed, labels that lack plans, and a folder with
+    another index; BlockingIOError where another process writes there.
     """
     out = Path(out)
     about = _about(store, sae, model, on)
