@@ -34,27 +34,50 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path, replace: bool = True) -> Iterator[Path]:
     """A folder to fill, which gets its name when the block ends, in place of an earlier one; nothing of it is left
     where the block fails, and what a killed process left is cleared.
 
-    Raises BlockingIOError where the same folder is being filled already.
+    replace: False where there must be no earlier one.
+    Raises BlockingIOError where the same folder is being filled already; FileExistsError where there is one that must
+    not be replaced, also if it came meanwhile.
     """
+    _check_free(folder, replace)
     making = folder.with_name(f".{folder.name}.tmp")
-    making.mkdir(parents=True, exist_ok=True)
-    held = os.open(making, os.O_RDONLY)
+    held = _claim(making, folder)
     try:
-        lock(held, f"writing {folder}")
         try:
             for left in making.iterdir():
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
             yield making
+            _check_free(folder, replace)
             shutil.rmtree(folder, ignore_errors=True)
             making.replace(folder)
         except BaseException:
             shutil.rmtree(making, ignore_errors=True)
             raise
     finally:
+        os.close(held)
+
+
+def _check_free(folder: Path, replace: bool) -> None:
+    if not replace and folder.exists():
+        raise FileExistsError(f"{folder} is there already: choose another folder")
+
+
+def _claim(making: Path, folder: Path) -> int:
+    """A locked descriptor of a folder, made if need be. Raises BlockingIOError where another has it."""
+    while True:
+        making.mkdir(parents=True, exist_ok=True)
+        held = os.open(making, os.O_RDONLY)
+        try:
+            lock(held, f"writing {folder}")
+            # until the lock was there, its owner may have given the folder its name, and it is not this one any more
+            if making.is_dir() and os.path.samestat(os.fstat(held), making.stat()):
+                return held
+        except BaseException:
+            os.close(held)
+            raise
         os.close(held)
 
 

@@ -54,6 +54,17 @@ def test_what_a_killed_process_left_is_cleared(tmp_path):
     assert _contents(tmp_path) == {"out/text": "whole"}
 
 
+def test_what_must_not_be_replaced_is_not_also_if_it_came_meanwhile(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(FileExistsError, match="out is there already"), new_folder(out, replace=False) as making:
+        (making / "text").write_text("mine")
+        out.mkdir()
+        (out / "text").write_text("theirs")
+    assert _contents(tmp_path) == {"out/text": "theirs"} and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(FileExistsError), new_folder(out, replace=False):
+        raise AssertionError("it is there")
+
+
 def test_one_writer_at_a_time(tmp_path):
     out = tmp_path / "out"
     with new_folder(out) as making:

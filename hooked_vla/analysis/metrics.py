@@ -206,7 +206,7 @@ def endpoint_share(
     return to_destination / (to_source + to_destination)
 
 
-def common_steps(first: Float[Tensor, "m *rest"], second: Float[Tensor, "n *rest"]) -> tuple[Tensor, Tensor]:
+def common_steps(first: Float[Tensor, " m *rest"], second: Float[Tensor, " n *rest"]) -> tuple[Tensor, Tensor]:
     """Two sequences of steps, each cut to the length of the shorter one."""
     n = min(len(first), len(second))
     return first[:n], second[:n]

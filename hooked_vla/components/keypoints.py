@@ -76,7 +76,7 @@ class CameraTowers(nn.Module):
         super().__init__()
         self.towers = nn.ModuleList(make(f"{stream}.towers.{i}") for i in range(n_cameras))
 
-    def forward(self, images: Float[Tensor, "image *size"]) -> Float[Tensor, "image d_out"]:
+    def forward(self, images: Float[Tensor, " image *size"]) -> Float[Tensor, "image d_out"]:
         cameras = images.unflatten(0, (-1, len(self.towers))).unbind(1)
         features = [tower(camera) for tower, camera in zip(self.towers, cameras, strict=True)]
         return torch.stack(features, dim=1).flatten(0, 1)

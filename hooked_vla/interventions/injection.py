@@ -106,7 +106,7 @@ class Held:
     denoise steps that were recorded, None at a point that runs once a chunk. segments: of its place axis, if any.
     """
 
-    value: Shaped[Tensor, "step *value"]
+    value: Shaped[Tensor, " step *value"]
     steps: tuple[int, ...] | None
     segments: Segments | None
 

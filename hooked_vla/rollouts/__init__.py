@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager, suppress
 
 from hooked_vla.extras import needs_packages
 
+# seeds of starts that neither shipped policies nor their autoencoders were trained on begin here
+UNSEEN = 700_000
 _SIM_PACKAGES = ("gymnasium", "matplotlib", "mujoco", "pyarrow")
 
 if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):

@@ -61,9 +61,7 @@ def write_lerobot(
     neither numbers nor strings.
     """
     out = Path(out)
-    if out.exists():
-        raise FileExistsError(f"{out} is there already: choose another folder for the data set")
-    with new_folder(out) as temporary:
+    with new_folder(out, replace=False) as temporary:
         writer: _Writer | None = None
         with ExitStack() as stack:
             for episode in episodes:

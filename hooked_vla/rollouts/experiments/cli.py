@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from hooked_vla.rollouts import UNSEEN
+
 experiment = typer.Typer(no_args_is_help=True, help="Experiments of the published studies, with their controls.")
 
 
@@ -33,7 +35,7 @@ def run_one(
     model: Annotated[str | None, typer.Option(help="a checkpoint's name, folder or hub id; else FILE's first")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the results; a run that was interrupted goes on")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="few episodes, to see that everything works")] = False,
-    seed: Annotated[int, typer.Option(help="of the first episode")] = 700_000,
+    seed: Annotated[int, typer.Option(help="of the first episode")] = UNSEEN,
     device: Annotated[str, typer.Option(help="where the model runs: cpu, cuda, ...")] = "cpu",
     executor: Annotated[str, typer.Option(help="local, or ray: the cluster of RAY_ADDRESS")] = "local",
     workers: Annotated[int, typer.Option(help="how many models run at a time, each with its environments")] = 1,

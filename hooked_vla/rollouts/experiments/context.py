@@ -12,6 +12,7 @@ from typing import Any
 from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.folders import write_file, write_json
 from hooked_vla.inputs import Observation
+from hooked_vla.rollouts import UNSEEN
 from hooked_vla.rollouts.arms import BASELINE, Arm
 from hooked_vla.rollouts.cells import spread_scenes
 from hooked_vla.rollouts.executor import Executor, LocalExecutor
@@ -28,8 +29,6 @@ with needs_analysis_extra():
     import pandas as pd
 
 EXPERIMENT = "experiment.json"
-# starts that no shipped policy was trained on
-SEED = 700_000
 _FORMAT = "hooked-vla experiment 1"
 
 
@@ -58,7 +57,7 @@ class Context:
     source: ModelSource
     out: Path
     quick: bool = False
-    seed: int = SEED
+    seed: int = UNSEEN
     executor: Executor = field(default_factory=LocalExecutor)
     options: Options = field(default_factory=Options)
     progress: bool = False

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from hooked_vla.rollouts import UNSEEN
 from hooked_vla.rollouts.executor import Executor, LocalExecutor
-from hooked_vla.rollouts.experiments.context import SEED, Context
+from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.definition import Definition, find_experiment
 from hooked_vla.rollouts.experiments.outcome import Outcome
 from hooked_vla.rollouts.experiments.report import write_outcome
@@ -16,7 +17,7 @@ def run_experiment(
     out: str | Path,
     model: ModelSource | str | None = None,
     quick: bool = False,
-    seed: int = SEED,
+    seed: int = UNSEEN,
     executor: Executor | None = None,
     options: Options | None = None,
     progress: bool = False,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hooked_vla.rollouts import UNSEEN
 from hooked_vla.rollouts.cli import failure
 from hooked_vla.rollouts.sae.cli_tables import print_features, print_frame, print_loop, print_store, show_feature
 
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
     import torch
 
     from hooked_vla.sae.autoencoder import SparseAutoencoder
-
-# as of the experiments: starts that neither policies nor autoencoders were trained on
-UNSEEN = 700_000
 
 sae = typer.Typer(no_args_is_help=True, help="Sparse autoencoders on a policy's activations.")
 
@@ -105,6 +103,8 @@ def train(
 
         changes = work.read_changes(change or ())
         amount = work.quick_amount(preset, changes) if quick else work.Amount()
+        if steps is not None and "steps" in changes:
+            raise ValueError("say the steps once: --steps or --set steps")
         amount = amount if steps is None else replace(amount, steps=steps)
         denoised = None if denoise_steps is None else frozenset(read_numbers(denoise_steps))
         if store is not None:
@@ -350,7 +350,9 @@ def _open_sae(name: str) -> "SparseAutoencoder":
 
 
 def _warn_of_other_models(saes: "Sequence[SparseAutoencoder]", model: str) -> None:
-    if others := sorted({sae.config.model for sae in saes} - {model}):
+    from hooked_vla.rollouts.sae.training import is_another
+
+    if others := sorted({sae.config.model for sae in saes if is_another(sae.config.model, model)}):
         said = (
             f"these autoencoders are of {', '.join(others)}, not of {model}: what they call features may mean nothing"
         )

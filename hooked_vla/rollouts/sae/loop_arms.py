@@ -146,7 +146,7 @@ class LoopArm:
 
     def _change(
         self, x: Float[Tensor, "row place channel"], mask: Bool[Tensor, "row place"]
-    ) -> Float[Tensor, "row #place channel"]:
+    ) -> Float[Tensor, " row #place channel"]:
         """What is added to the tokens of the mask."""
         if self.way in ("token", IDENTITY):
             # rows that are not meant may hold anything

@@ -110,9 +110,17 @@ class PolicyStream:
         )
         try:
             while (cells := self.group(unit)) is not None:
+                there: set[str] = set()
                 for number, rows in enumerate(self._passes(runner, watch, Group(unit, tuple(cells)))):
+                    there |= {site for site, values in rows.items() if len(values)}
                     if number >= skip:
                         yield (unit, number), rows
+                if missing := [sites[0] for sites in self.taker.groups if not there & set(sites)]:
+                    # it would be waited for in vain
+                    raise ValueError(
+                        f"nothing of {missing} came in a whole group of episodes: no token of "
+                        f"{list(self.taker.capture.segments or ['any segment'])} at that site"
+                    )
                 unit, skip = unit + 1, 0
         finally:
             environments.close()

@@ -15,6 +15,7 @@ from beartype.door import is_bearable
 
 from hooked_vla.folders import write_json
 from hooked_vla.hooks.names import NamesFilter, resolve
+from hooked_vla.registry import list_models
 from hooked_vla.rollouts.jobs import ModelSource
 from hooked_vla.rollouts.sae.collect import RolloutSource
 from hooked_vla.rollouts.settings import Options
@@ -134,9 +135,17 @@ def _model_of(store: TokenStore, model: str | None) -> str:
     kept = store.about.get("model")
     if kept is None and model is None:
         raise ValueError(f"{store.folder} does not say whose activations it holds: name the model")
-    if kept is not None and model is not None and kept != model:
+    if kept is not None and model is not None and is_another(kept, model):
         raise ValueError(f"{store.folder} holds activations of {kept!r}, not of {model!r}")
-    return str(kept or model)
+    return str(model or kept)
+
+
+def is_another(kept: str, model: str) -> bool:
+    """Whether two names are of different checkpoints, as far as names tell: a folder has many, and a model that was
+    handed over as an object has that of its family."""
+    if kept in list_models() or model in list_models():
+        return False
+    return kept != model and Path(kept).resolve() != Path(model).resolve()
 
 
 def _check_pooling(store: TokenStore, name: str, pooling: str) -> None:
@@ -168,7 +177,9 @@ def read_changes(texts: Sequence[str]) -> dict[str, Any]:
     if unknown := sorted(set(found) - set(known)):
         raise ValueError(f"unknown settings {unknown}; see SAEConfig and Training in hooked_vla/sae/config.py")
     for name, value in found.items():
-        if not is_bearable(value, known[name], conf=_INTEGERS_ARE_FLOATS):
+        # true and false are integers to Python, and no numbers to a user
+        wrong = isinstance(value, bool) and known[name] is not bool
+        if wrong or not is_bearable(value, known[name], conf=_INTEGERS_ARE_FLOATS):
             hint = getattr(known[name], "__name__", "") if isinstance(known[name], type) else str(known[name])
             raise ValueError(f"{name} must be {hint}, got {value!r}")
     return found

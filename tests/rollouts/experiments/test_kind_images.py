@@ -14,6 +14,7 @@ from hooked_vla.rollouts.experiments.compare import Runs
 from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.definition import Definition, find_experiment
 from hooked_vla.rollouts.experiments.kinds import images as kind
+from hooked_vla.rollouts.experiments.kinds.battery_runs import few_tasks
 from hooked_vla.rollouts.experiments.kinds.images import Settings
 from hooked_vla.rollouts.experiments.run import run_experiment
 from hooked_vla.rollouts.jobs import ModelSource
@@ -106,3 +107,16 @@ def test_every_kind_is_an_arm_and_those_without_degrees_are_run_at_1_only() -> N
     graded = sum(each.graded for each in IMAGE_KINDS.values())
     assert len(arms) == len(IMAGE_KINDS) + graded and len({arm.name for arm in arms}) == len(arms)
     assert len(Settings(1).arms()) == 24 and find_experiment("E17").settle(False).episodes >= 30
+
+
+def test_a_policy_without_words_acts_where_the_scene_shows_the_task(tmp_path: Path) -> None:
+    for name, words in (("act-tabletop", False), ("smolvla-tabletop", True)):
+        assert Context(find_experiment("E17"), ModelSource(name), tmp_path).reads_words is words
+    for quick in (False, True):
+        assert "goal" not in find_experiment("E17").settle(quick).wordless_suites
+
+
+def test_few_tasks_are_said_to_make_intervals_narrow() -> None:
+    table = pd.DataFrame({"suite": ["object", "object", "goal"], "n_tasks": [4, 4, 12]})
+    [note] = few_tasks(table)
+    assert "the 4 tasks of object" in note

@@ -68,6 +68,8 @@ def test_random_tokens_are_drawn_for_each_place_anew(done) -> None:
     recording = open_recording(done[0].folder("source"))
     places = [kind.Place(name, ("vlm.blocks.0.hook_resid_pre",), kind.SINGLE, i) for i, name in enumerate("ab")]
     found = kind.injections(places, recording, kind.Settings(2, segments=(), draws=2))
+    # prompts that state the robot's state grow and shrink on the way
+    assert {each.injection.align for name, each in found.items() if name.startswith("language")} == {"start"}
     drawn = [each.injection.positions for each in found.values() if each.tokens == kind.RANDOM]
     assert len(drawn) == len(set(drawn)) == 4
 

@@ -273,6 +273,14 @@ def test_mistakes_are_named(model):
         source(buffer_rows=16384).load_state_dict(state)
 
 
+def test_segments_that_never_come_are_not_waited_for():
+    """An endless source would ask for episodes on and on."""
+    made = source(sites=Capture(EXPERT, segments=("language",)))
+    with pytest.raises(ValueError, match=r"nothing of \['expert.* came in a whole group .* \['language'\]"):
+        next(made.batches(10))
+    made.close()
+
+
 def test_a_store_trains_as_a_source(store):
     batch = next(StoreSource(store, [VLM, EXPERT], seed=0).batches(64))
     assert batch[VLM].shape == (64, store.widths[VLM]) and len(IDS) == store.ids(VLM).shape[1]

@@ -15,6 +15,7 @@ from hooked_vla.rollouts.sae.collect import collect
 from hooked_vla.rollouts.sae.training import (
     QUICK,
     QUICK_MEANS,
+    is_another,
     quick_amount,
     read_changes,
     train_on_policy,
@@ -107,6 +108,14 @@ def test_a_transcoder_trains_as_the_policy_acts(tmp_path: Path) -> None:
         train_on_policy(policy, "goal", SITE, "hooked", LITTLE, tmp_path, 0, changes, Options(4), False)
 
 
+def test_checkpoints_are_told_apart_as_far_as_names_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert is_another("smolvla-tabletop", "pi05-tabletop") and not is_another("a", "a")
+    assert not is_another("runs/mine", str(tmp_path / "runs/mine"))
+    # a model that was handed over as an object is called by its family
+    assert not is_another("smolvla", "smolvla-tabletop")
+
+
 def test_quick_means_are_few_means() -> None:
     assert quick_amount("hooked", {}) is QUICK and quick_amount("hooked", {"pooling": "mean"}) is QUICK_MEANS
     assert quick_amount("drvla", {}) is QUICK_MEANS and quick_amount("drvla", {"pooling": "token"}) is QUICK
@@ -144,6 +153,8 @@ def test_the_command_prints_the_evaluation_and_goes_on(store: TokenStore, tmp_pa
         (["--site", SITE, "--set", "k=abc"], "k must be int | None, got 'abc'"),
         (["--site", SITE, "--set", "rate=high"], "rate must be float, got 'high'"),
         (["--site", SITE, "--set", "model=x"], "unknown settings ['model']"),
+        (["--site", SITE, "--set", "k=true"], "k must be int | None, got True"),
+        (["--site", SITE, "--set", "steps=3", "--steps", "3"], "say the steps once"),
         (["--site", SITE, "--set", "architecture=relu", "--set", "steps=3"], "relu is sparse by its penalty alone"),
         (["--site", SITE, "--set", "k=5000"], "k must be in 1..768, the number of features, got 5000"),
         (["--site", SITE, "--suite", "nowhere"], "nowhere"),

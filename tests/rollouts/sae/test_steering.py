@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from hooked_vla.cli import app
 from hooked_vla.interventions import AddRelative, EditArm
 from hooked_vla.rollouts.records import read_steps
+from hooked_vla.rollouts.sae import steering
 from hooked_vla.rollouts.sae.steering import PhaseArm, PhaseWatcher, dose_arms, dose_response, steer, titration_arms
 from hooked_vla.rollouts.settings import Options
 from hooked_vla.sae.autoencoder import SparseAutoencoder
@@ -40,7 +41,7 @@ def suite():
 
 
 def sae(k: int = 8) -> SparseAutoencoder:
-    config = preset("hooked", "tiny", SITE, int(tiny("smolvla").hook_points[SITE].shape[-1]), architecture="topk",
+    config = preset("hooked", "another", SITE, int(tiny("smolvla").hook_points[SITE].shape[-1]), architecture="topk",
                     n_features=60, k=k)  # fmt: skip
     return SparseAutoencoder(config).eval()
 
@@ -130,6 +131,21 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match="arm 'feature \\+1'|arm 'sham'"):
         run(dose_arms(SITE, torch.ones(3), [1.0], seed=0), out=tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_the_command_edits_where_it_is_told_and_warns_of_another_model(tmp_path, monkeypatch):
+    sae().save_pretrained(tmp_path / "sae")
+    asked = []
+    monkeypatch.setattr(steering, "steer", lambda model, suite, arms, *rest, **more: asked.extend(arms) or 1 / 0)
+    done = CliRunner().invoke(
+        app, ["sae", "steer", "--model", "smolvla-tabletop", "--sae", str(tmp_path / "sae"), "--episodes", "1", "--out",
+              str(tmp_path / "o"), "--feature", "3", "--segments", "action", "--denoise-steps", "9,0"],
+    )  # fmt: skip
+    assert isinstance(done.exception, ZeroDivisionError)
+    for edit in (edit for arm in asked for edit in arm.edits):
+        assert tuple(edit.tokens) == ("action",) and list(edit.denoise) == [0, 9]
+    said = " ".join(done.output.split())
+    assert "these autoencoders are of another, not of smolvla-tabletop" in said
 
 
 def test_the_command_says_mistakes_in_one_line(tmp_path):

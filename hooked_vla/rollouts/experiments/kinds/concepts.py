@@ -221,8 +221,6 @@ def failures(runs: Runs, settings: Settings, ablations: Sequence[Ablation], seed
 
     Both orders end with all features that are ever active. frequent, random: numbers of features, NaN where half of the
     success is left even then; ratio: random over frequent, with its 95 % interval by tasks (ratio_low, ratio_high).
-    at_most: the fewest features that were ablated were enough in the frequent order, so that frequent is an upper bound
-    and ratio a lower one.
     """
     rows = []
     for site in dict.fromkeys(each.site for each in ablations):
@@ -241,7 +239,7 @@ def failures(runs: Runs, settings: Settings, ablations: Sequence[Ablation], seed
             frequent = random = estimate = low = high = float("nan")
         rows.append(
             {"site": site, FREQUENT: frequent, RANDOM: random, "ratio": estimate, "ratio_low": low, "ratio_high": high,
-             "at_most": frequent <= counts[0], "alive": counts[-1]}
+             "alive": counts[-1]}
         )  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -346,10 +344,9 @@ def _needs_more(context: Context, failure: pd.DataFrame, table: pd.DataFrame) ->
             texts.append(f"{where}: success is {rest}, so that it does not depend on them")
             continue
         held.append(decide(row["ratio_low"], row["ratio_high"], threshold(context, RULES[2]), below=False))
-        most, least = ("at most ", "at least ") if row["at_most"] else ("", "")
         texts.append(
-            f"{where}: {most}{row[FREQUENT]:.1f} frequent ones, {row[RANDOM]:.1f} random ones, {least}"
-            f"{row['ratio']:.1f} times as many ({row['ratio_low']:.1f} to {row['ratio_high']:.1f}); success is "
+            f"{where}: {row[FREQUENT]:.1f} frequent ones, {row[RANDOM]:.1f} random ones, {row['ratio']:.1f} times as "
+            f"many ({row['ratio_low']:.1f} to {row['ratio_high']:.1f}); success is "
             f"{rest}{undecided(held[-1])}"
         )
     return Verdict(RULES[2], _all(held), "; ".join(texts))

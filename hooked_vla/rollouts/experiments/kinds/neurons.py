@@ -80,9 +80,9 @@ class Settings:
 def run(context: Context, settings: Settings) -> Outcome:
     """Raises ValueError for a model without a vocabulary, or one that does not have the words."""
     model = context.model
-    tokenizer = model.processor.tokenizer.load() if hasattr(model.processor, "tokenizer") else None
-    if tokenizer is None:
+    if not context.reads_words:
         raise ValueError(f"{context.model_name} reads no words: no neuron can speak for one")
+    tokenizer = model.processor.tokenizer.load()
     n_words = getattr(getattr(model.net, "vlm", None), "embed", None)
     words = words_of(tokenizer, n_words.num_embeddings) if n_words is not None else ()
     vocabulary = read_vocabulary(model, words, source="embed")

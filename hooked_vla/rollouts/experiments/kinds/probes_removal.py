@@ -94,7 +94,7 @@ def _tokens(
     found = {}
     for site, segment in places:
         rows = rearrange(cache[site].segment(segment, pad_value=float("nan")), "b t d -> (b t) d")
-        found[site, segment] = rows[~rows.isnan().any(1)]
+        found[site, segment] = rows[~rows.isnan().any(1)].cpu()
     return found
 
 
