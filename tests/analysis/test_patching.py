@@ -22,7 +22,8 @@ MODELS = ["act", "groot_n15", "openvla", "pi05", "smolvla", "xvla"]
 def raw(values: Tensor) -> Tensor:
     """A metric that keeps all: random weights, to tell any two outcomes apart."""
     weights = torch.linspace(-1, 1, values[0].numel(), dtype=torch.float64).cos()
-    return values.flatten(1).double() @ weights
+    # row by row: a product of matrices rounds a row by how many others there are
+    return torch.stack([(row * weights).sum() for row in values.flatten(1).double()])
 
 
 def fingerprint(edited: Tensor, base: Tensor, donor: Tensor) -> Tensor:

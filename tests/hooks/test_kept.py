@@ -23,7 +23,7 @@ def test_nested_blocks_put_back_what_they_found() -> None:
     assert clock == Clock(hour=1, minute=1)
 
 
-@pytest.mark.parametrize("order", permutations(range(3)))
+@pytest.mark.parametrize("order", list(permutations(range(3))))
 def test_blocks_end_in_any_order(order: tuple[int, ...]) -> None:
     clock, blocks = Clock(hour=0, minute=0), []
     for number, names in enumerate((("hour",), ("hour", "minute"), ("hour",)), start=1):

@@ -67,6 +67,14 @@ def test_dot_of_bfloat16():
     torch.testing.assert_close(y, a.float() @ b.float(), rtol=1e-5, atol=1e-5)
 
 
+def test_a_dot_has_the_same_bits_wherever_a_row_and_a_column_are():
+    a, b = (torch.randn(32, 32, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    y, moved = torch.empty(32, 32), torch.empty(32, 32)
+    dot_kernel[(1,)](a, b, y, SIZE=32)
+    dot_kernel[(1,)](a.roll(5, 0).contiguous(), b.roll(3, 1).contiguous(), moved, SIZE=32)
+    assert same_bits(moved, y.roll(5, 0).roll(3, 1))
+
+
 def test_other_arithmetic_on_bfloat16_is_refused():
     x = torch.ones(16, dtype=torch.bfloat16)
     with pytest.raises(Exception, match="binary_op on bfloat16"):

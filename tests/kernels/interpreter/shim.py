@@ -6,6 +6,8 @@ A pytest plugin, loaded by __main__.py, which sets TRITON_INTERPRET=1 first.
   operands instead (exact: a product of two bfloat16 fits), every other arithmetic on bfloat16 raises. Selecting is
   right as it is. Conversion from float32 truncates, and conversion to it gets subnormal numbers wrong; here the one
   rounds to the nearest, ties to even, as GPUs do, and the other is exact.
+- tl.dot is numpy's matmul, whose bits depend on where in a block a row is, and on the processor: here every element is
+  a sum in one order, as on tensor cores.
 - Scalars are arrays of one element, which numpy >= 2.4 no longer turns into loop bounds.
 - tl.sort and tl.topk go through a reduction with xor, a Python loop over elements: numpy has it in one call.
 """
@@ -48,11 +50,16 @@ def _is_bfloat16(value: object) -> bool:
     return isinstance(value, interpreter.TensorHandle) and value.dtype.scalar == tl.bfloat16
 
 
-def _widen_dots(builder: type) -> None:
-    plain = builder.create_dot
-
+def _dots_in_order(builder: type) -> None:
     def create_dot(self, a, b, accumulator, *rest):
-        return plain(self, _widen(a), _widen(b), accumulator, *rest)
+        kind = accumulator.data.dtype
+        left, right = (_widen(each).data.astype(kind) for each in (a, b))
+        total = np.zeros_like(accumulator.data)
+        # what is not a number stays so, as quietly as in matmul
+        with np.errstate(invalid="ignore", over="ignore"):
+            for k in range(left.shape[-1]):
+                total += left[..., :, k, None] * right[..., None, k, :]
+        return interpreter.TensorHandle(total + accumulator.data, accumulator.dtype.scalar)
 
     builder.create_dot = create_dot
 
@@ -94,7 +101,7 @@ def _index_with_one_element() -> None:
 
 
 _convert_bfloat16()
-_widen_dots(interpreter.InterpreterBuilder)
+_dots_in_order(interpreter.InterpreterBuilder)
 for _name in ("binary_op", "unary_op", "create_clampf", "create_fma", "create_fabs"):
     _refuse_bfloat16(interpreter.InterpreterBuilder, _name)
 _reduce_in_numpy()
