@@ -15,10 +15,13 @@ with needs_analysis_extra():
 Number = float | int
 # how wide the marks of one place lie apart, as part of the distance between places
 _SPREAD = 0.36
+# how an arm of noise is called, before the name of what it stands in for (rollouts/matched_noise.py)
+_NOISE = "noise: "
 
 
-def endpoint_figure(table: pd.DataFrame, title: str, columns: int = 4) -> Figure:
-    """Distances of every episode's end from the source's end and from its own without injection, a panel for each arm.
+def endpoint_figure(table: pd.DataFrame, title: str, columns: int = 6) -> Figure:
+    """Distances of every episode's end from the source's end and from its own without injection, a panel for each arm,
+    noise as large in grey in the panel of what it stands in for.
 
     table: as `override` makes it.
     Raises ValueError for no rows.
@@ -26,17 +29,19 @@ def endpoint_figure(table: pd.DataFrame, title: str, columns: int = 4) -> Figure
     rows = records(table)
     if not rows:
         raise ValueError("the table has no rows: nothing to draw")
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    there = list(dict.fromkeys(row["arm"] for row in rows))
+    arms = [arm for arm in there if arm.removeprefix(_NOISE) == arm or arm.removeprefix(_NOISE) not in there]
     height = -(-len(arms) // columns)
     figure = new_figure(2.4 * min(columns, len(arms)), 2.3 * height + 0.4)
     panels = figure.subplots(height, min(columns, len(arms)), squeeze=False, sharex=True, sharey=True).ravel()
     far = max(max(row["to_source"], row["to_destination"]) for row in rows) * 1.05 or 1.0
     for i, (axes, arm) in enumerate(zip(panels, arms, strict=False)):
-        mine = [row for row in rows if row["arm"] == arm]
         axes.plot([0, far], [0, far], color="#BBBBBB", linewidth=1)
-        own, source = ([row[name] for row in mine] for name in ("to_destination", "to_source"))
         look = {"marker": MARKERS[i % len(MARKERS)], "color": COLOURS[i % len(COLOURS)]}
-        axes.plot(own, source, linestyle="none", markersize=4, alpha=0.7, **look)
+        for name, style in ((_NOISE + arm, {"marker": "x", "color": "#999999"}), (arm, look)):
+            mine = [row for row in rows if row["arm"] == name]
+            own, source = ([row[column] for row in mine] for column in ("to_destination", "to_source"))
+            axes.plot(own, source, linestyle="none", markersize=4, alpha=0.7, **style)
         axes.set_title(arm, fontsize=8)
         axes.set_xlim(-0.01, far)
         axes.set_ylim(-0.01, far)

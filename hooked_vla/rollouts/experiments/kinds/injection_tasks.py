@@ -155,7 +155,10 @@ def run(context: Context, settings: Settings) -> Outcome:
         verdicts=_verdicts(context, settings, setup, main, each, compared, moved),
         tables=tables,
         figures={
-            "endpoints": (endpoint_figure(each, "Where episodes end when their source has ended"), _CAPTION),
+            "endpoints": (
+                endpoint_figure(_told_their_own(each), "Where episodes end when their source has ended"),
+                _CAPTION,
+            ),
             "success": (success_bars(compared, reference=BASELINE.name), "Success of the own task."),
         },
         labels=_labels(reach),
@@ -165,7 +168,9 @@ def run(context: Context, settings: Settings) -> Outcome:
 
 _CAPTION = (
     "Each dot is an episode: the distance of its end effector from where the source ended, and from where the same "
-    "episode ends without injection, at the step at which the source ended. On the diagonal it is as far from both."
+    "episode ends without injection, at the step at which the source ended. On the diagonal it is as far from both. "
+    "Grey: noise as large, in place of what the panel injects. Arms that are told the source's prompt are left out but "
+    "for the one without injection."
 )
 _NOTES = [
     "The donor has another task, the same start and the same noise; after its last step its last values are held. "
@@ -261,6 +266,10 @@ def _summary(each: pd.DataFrame, reach: pd.DataFrame, compared: pd.DataFrame) ->
     for at, name in enumerate(("success_low", "success_high", "holm_p", "displacement", "floor")):
         table.insert(6 + at, name, [rows[arm][name] for arm in table["arm"]])
     return table
+
+
+def _told_their_own(each: pd.DataFrame) -> pd.DataFrame:
+    return keep(each, lambda row: not row["arm"].startswith(CROSS_PROMPT.format("")))
 
 
 def _labels(reach: pd.DataFrame) -> list[str]:
