@@ -24,7 +24,7 @@ from hooked_vla.extras import needs_analysis_extra
 with needs_analysis_extra():
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression, RidgeCV
-    from sklearn.model_selection import GroupKFold
+    from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
 Kind = Literal["ridge", "logistic"]
 Fold = tuple[np.ndarray, np.ndarray]
@@ -130,11 +130,14 @@ class Controlled:
         return self.probe.marker.scores(times) - np.max(controls, axis=0)
 
 
-def grouped_folds(groups: Sequence[Hashable], n_folds: int | None = None) -> list[Fold]:
+def grouped_folds(
+    groups: Sequence[Hashable], n_folds: int | None = None, classes: ArrayLike | None = None
+) -> list[Fold]:
     """(training rows, test rows) of each fold; the rows of a group are all in one of the two.
 
-    n_folds: groups are dealt into so many folds of about equal size; None: one fold for each group. The same groups
-    give the same folds.
+    n_folds: groups are dealt into so many folds of about equal size; None: one fold for each group. classes: of the
+    rows; where a fold of that size would have a class to itself, groups are dealt so that folds have equal shares of
+    the classes (StratifiedGroupKFold of scikit-learn). The same groups and classes give the same folds.
     Raises ValueError for fewer than two groups, or more folds than groups.
     """
     names = list(dict.fromkeys(groups))
@@ -144,7 +147,10 @@ def grouped_folds(groups: Sequence[Hashable], n_folds: int | None = None) -> lis
     if not 2 <= n <= len(names):
         raise ValueError(f"{n} folds of {len(names)} groups: there must be at least 2, and no more than groups")
     number = np.array([names.index(each) for each in groups])
-    return [(train, test) for train, test in GroupKFold(n).split(number, groups=number)]
+    folds = [(train, test) for train, test in GroupKFold(n).split(number, groups=number)]
+    if n_folds is None or classes is None or _all_learnable(np.asarray(classes), folds):
+        return folds
+    return [(train, test) for train, test in StratifiedGroupKFold(n).split(number, classes, groups=number)]
 
 
 def fit_probe(x: Any, y: ArrayLike, kind: Kind, c: float = 1.0) -> Probe:
@@ -183,12 +189,14 @@ def score_probe(
     within: Sequence[Hashable] | None = None,
     c: float = 1.0,
     seed: int = 0,
+    folds: Sequence[Fold] | None = None,
 ) -> ProbeScore:
     """Score of a kind of probe on groups that each probe has not seen (leave-group-out, or `n_folds` of groups).
 
     metric: r2 (ridge; the mean over outputs), accuracy or auc (logistic; of two classes); None: the kind's first.
     within: rows whose means `r2` compares with: a probe that only tells, say, tasks apart then scores 0, not the share
     of the spread that is between tasks. Standardisation and penalty are fitted on a fold's training rows alone.
+    folds: None: those of `grouped_folds`.
     Raises as `fit_probe` and `grouped_folds`, and ValueError for a class that one fold alone has (nothing is left to
     learn it from), numbers that do not vary, or a metric that is not the kind's.
     """
@@ -203,7 +211,7 @@ def score_probe(
             raise ValueError(f"{len(x)} rows, but {name} has {len(given)}")
     if chosen == "auc" and len(np.unique(y)) != 2:
         raise ValueError(f"auc is of two classes, got {np.unique(y).tolist()}")
-    folds = grouped_folds(groups, n_folds)
+    folds = grouped_folds(groups, n_folds, y if kind == "logistic" else None) if folds is None else folds
     predictions = np.empty(y.shape if chosen == "r2" else len(y), object if chosen == "accuracy" else np.float64)
     for train, test in folds:
         if kind == "logistic":
@@ -240,7 +248,7 @@ def score_with_controls(
     """
     options: Any = {"kind": kind, "metric": metric, "n_folds": n_folds, "within": within, "c": c, "seed": seed}
     probe = score_probe(x, y, groups, **options)
-    folds = grouped_folds(groups, n_folds)
+    options["folds"] = folds = grouped_folds(groups, n_folds, y if kind == "logistic" else None)
     drawn = [
         score_probe(x, _learnable(y, folds, kind, (seed, i), units), groups, **options)
         for i in range(max(n_shuffles, 1))
@@ -274,12 +282,13 @@ def _learnable(
 ) -> np.ndarray:
     """Shuffled labels of which every fold can learn all classes, as it can of the true ones: drawn again until so."""
     tries = (shuffle_labels(y, (*seed, attempt), units) for attempt in range(_MOST_DRAWS))
-    learnable = (
-        labels
-        for labels in tries
-        if kind == "ridge" or all(set(labels[test]) <= set(labels[train]) for train, test in folds)
-    )
+    learnable = (labels for labels in tries if kind == "ridge" or _all_learnable(labels, folds))
     return next(learnable, shuffle_labels(y, seed, units))
+
+
+def _all_learnable(y: np.ndarray, folds: Sequence[Fold]) -> bool:
+    """Whether every class of a fold's test rows is among its training rows."""
+    return all(set(y[test].tolist()) <= set(y[train].tolist()) for train, test in folds)
 
 
 def metadata_features(columns: Mapping[str, ArrayLike]) -> Float64[np.ndarray, "n d"]:

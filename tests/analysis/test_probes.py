@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import r2_score, roc_auc_score
+from sklearn.model_selection import GroupKFold
 
 from hooked_vla.analysis.probes import (
     fit_probe,
@@ -79,6 +80,22 @@ def test_no_group_is_on_both_sides_of_a_fold() -> None:
         for train, test in folds:
             assert not set(names[train]) & set(names[test])
             assert sorted([*train, *test]) == list(range(50))
+
+
+def test_no_fold_has_a_class_to_itself_where_another_deal_avoids_that() -> None:
+    """Folds of equal size by order alone would test on all groups of a class at once."""
+    groups = [f"g{i}" for i in range(12) for _ in range(3)]
+    size = GroupKFold(3).split(groups, groups=groups)
+    together = next(test for _, test in size)
+    classes = np.where(np.isin(np.arange(36), together), "a", np.where(np.arange(36) % 6 < 3, "b", "c"))
+    folds = grouped_folds(groups, 3, classes)
+    for train, test in folds:
+        assert set(classes[test]) <= set(classes[train])
+        assert not {groups[i] for i in train} & {groups[i] for i in test}
+    assert sorted(np.concatenate([test for _, test in folds])) == list(range(36))
+    x = RNG.normal(size=(36, 4)) + 9 * (classes == "a")[:, None]
+    found = score_with_controls(x, classes, groups, "logistic", n_folds=3)
+    assert (found.probe.predictions[classes == "a"] == "a").all()
 
 
 def test_what_only_tells_groups_apart_scores_chance() -> None:

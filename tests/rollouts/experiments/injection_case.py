@@ -15,12 +15,12 @@ MODEL = "smolvla-tabletop"
 OPTIONS = Options(n_envs=4, image_size=96)
 
 
-def context(experiment: str, out: Path, **settings: Any) -> Context:
+def context(experiment: str, out: Path, model: str = MODEL, **settings: Any) -> Context:
     """A run with other settings than its file's."""
     definition = find_experiment(experiment)
     small = {"episodes": 2, "max_steps": 8, **settings}
     definition = replace(definition, settings={**definition.settings, **small}, quick={})
-    return Context(definition, ModelSource(MODEL), out, options=OPTIONS)
+    return Context(definition, ModelSource(model), out, options=OPTIONS)
 
 
 def run(experiment: str, out: Path, **settings: Any) -> tuple[Context, Any]:

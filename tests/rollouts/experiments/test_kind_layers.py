@@ -46,6 +46,19 @@ def test_estimates_are_held_against_exact_patching(done) -> None:
     assert fixed.any() and set(cells.loc[fixed, "kind"]) == {"queries and keys"}
 
 
+def test_a_policy_that_says_its_actions_as_tokens_is_compared_by_its_scores(tmp_path) -> None:
+    made = context("E16", tmp_path / "run", model="openvla-tabletop")
+    block = "vlm.blocks.2"
+    cells = agreement.agreement_cells(made, "goal", [block], 2, 8).set_index(["site", "segment"])
+    # pictures come first and attend to nothing behind them: all that differs is in what language tokens hold
+    assert cells.loc[(f"{block}.hook_resid_post", "language"), "exact"].tolist() == pytest.approx([1, 1], abs=1e-4)
+    assert (cells.loc[(f"{block}.hook_resid_post", "image:top"), "exact"].abs() < 1e-4).all()
+    # its keys are where a gradient through a saturated softmax sees nothing, and the whole way does
+    keys = cells.loc[(f"{block}.attn.hook_k", "language")]
+    assert keys["exact"].abs().max() > 0.1 > 10 * keys[agreement.ATP].abs().max()
+    assert (keys["exact"] - keys[agreement.INTEGRATED]).abs().max() < 0.1
+
+
 def test_what_an_estimate_misses_is_counted() -> None:
     exact = [0.9, 0.8, 0.1, 0.05, 0.02, 0.01, 0.0, 0.0]
     cells = pd.DataFrame([

@@ -35,7 +35,12 @@ from hooked_vla.rollouts.experiments.kinds.battery_runs import (
     run_suite,
     threshold,
 )
-from hooked_vla.rollouts.experiments.kinds.layers_agreement import agreement_cells, agreement_figure, agreement_table
+from hooked_vla.rollouts.experiments.kinds.layers_agreement import (
+    LOGITS,
+    agreement_cells,
+    agreement_figure,
+    agreement_table,
+)
 from hooked_vla.rollouts.experiments.outcome import Outcome, Verdict
 
 with needs_analysis_extra():
@@ -250,9 +255,10 @@ def _notes(context: Context, settings: Settings, alive: Sequence[str]) -> list[s
         "policy's own episodes from other starts.",
     ]
     if settings.pairs:
+        goal = "first token's scores" if LOGITS in context.model.points else "actions"
         notes.append(
             "Estimates by gradients are of patches from a run that is told another task, in every segment of what each "
-            "block hands on, writes, asks and offers; effects are shares of the way to the other run's actions. An "
+            f"block hands on, writes, asks and offers; effects are shares of the way to the other run's {goal}. An "
             "estimate misses a cell that is in the quarter with the largest exact effects and in the lower half of "
             "its own. GradDrop's are magnitudes and are held against magnitudes."
         )

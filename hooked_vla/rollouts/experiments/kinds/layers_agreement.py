@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hooked_vla.analysis.attribution import agreement, attribution_patching, integrated_gradients
+from hooked_vla.analysis.metrics import recovery
 from hooked_vla.analysis.patching import PatchingResult, activation_patching
 from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.hooks import names as hook_names
@@ -42,6 +44,8 @@ KINDS = {
 ALL = "all"
 EXACT = "exact"
 ATP, ATP_STAR, GRAD_DROP, INTEGRATED = "AtP", "AtP* (QK fix)", "AtP* (QK fix, GradDrop)", "integrated gradients"
+# scores of the first token that a discrete head says; which one it says has no gradient
+LOGITS = "vlm.hook_logits"
 # of the cells of a kind, those whose exact effects are this share of the largest are what an estimate must not miss
 _TOP = 0.25
 _KEYS = ["site", "segment", "pair"]
@@ -60,7 +64,8 @@ def agreement_sites(model: HookedModel, blocks: Sequence[str]) -> list[str]:
 def agreement_cells(context: Context, suite: str, blocks: Sequence[str], n_pairs: int, n_points: int) -> pd.DataFrame:
     """One row a site, segment and pair of runs: its kind, the exact effect of the patch, and every estimate of it.
 
-    An effect is the share of the way to the other run's actions. n_points: of integrated gradients.
+    An effect is the share of the way to the other run's actions, or to its first token's scores where a policy says
+    its actions as tokens. n_points: of integrated gradients.
     """
     model, starts = context.model, context.observations(suite, n_pairs)
     settings = settings_in(context, suite, context.options)
@@ -77,6 +82,8 @@ def agreement_cells(context: Context, suite: str, blocks: Sequence[str], n_pairs
         base, donor = (prepare(model, settings, each) for each in (frames, others))
         noise = SeededNoise.of(model, prepare(model, settings, frames[:1]))([seen.seed for seen in starts], 0)
         given: dict[str, Any] = {"sites": agreement_sites(model, blocks), "noise": list(noise)}
+        if LOGITS in model.points:
+            given |= {"read": LOGITS, "metric": _recovered_scores}
         found = {EXACT: activation_patching(model, donor, base, **given)}
         for name, method in _methods(n_points).items():
             found[name] = method(model, donor, base, **given)
@@ -91,6 +98,11 @@ def agreement_cells(context: Context, suite: str, blocks: Sequence[str], n_pairs
             for place in effects[EXACT]
         ]
     )
+
+
+def _recovered_scores(edited: Tensor, clean: Tensor, source: Tensor) -> Tensor:
+    """`recovery` of scores [row ... vocab]."""
+    return recovery(*(scores.flatten(1).unsqueeze(1) for scores in (edited, clean, source)))
 
 
 def _methods(n_points: int) -> dict[str, Callable[..., PatchingResult]]:
