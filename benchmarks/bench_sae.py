@@ -72,7 +72,7 @@ def config_of(size: Size, site: str) -> SAEConfig:
 class Collector:
     """A small policy with SmolVLA's expert at its published width, LAYERS deep: rows of its residual stream."""
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, device: str) -> None:
         full, tiny = get_spec("smolvla"), get_spec("smolvla", "tiny")
         assert isinstance(full, FlowVLASpec) and isinstance(tiny, FlowVLASpec)
         expert = replace(full.expert.decoder, n_layers=LAYERS)
@@ -82,9 +82,10 @@ class Collector:
             flow=full.flow,
         )  # fmt: skip
         torch.manual_seed(0)
-        self.model = HookedVLA.from_network(spec, build_network(spec).eval())
+        self.model = HookedVLA.from_network(spec, build_network(spec).eval()).to(device)
         self.sites = [f"expert.blocks.{i}.hook_resid_post" for i in range(LAYERS)]
         self.width, self.generator = expert.d_model, torch.Generator().manual_seed(0)
+        self.device = device
         per_row = spec.flow.chunk * spec.flow.n_steps
         self.batch = -(-rows // per_row)
         self.rows = self.batch * per_row
@@ -99,6 +100,7 @@ class Collector:
         given[OBS_TOKENS] = torch.randint(0, 512, (b, 30), generator=g)
         given[OBS_TOKEN_MASK] = torch.ones(b, 30, dtype=torch.bool)
         noise = torch.randn(b, spec.flow.chunk, spec.flow.d_action, generator=g)
+        given, noise = {name: each.to(self.device) for name, each in given.items()}, noise.to(self.device)
         _, cache = self.model.run_with_cache(given, self.sites, noise=noise)
         return {site: cache[site].flatten(0, -2) for site in self.sites}
 
@@ -119,9 +121,11 @@ class LiveSource(TensorSource):
 class Ours:
     """Our training step."""
 
-    def __init__(self, source: TensorSource, sites: Sequence[str], size: Size, folder: Path) -> None:
+    def __init__(
+        self, source: TensorSource, sites: Sequence[str], size: Size, folder: Path, device: str = "cpu"
+    ) -> None:
         configs = [config_of(size, site) for site in sites]
-        self.run = Run(source, configs, Accelerator(cpu=True), RunFolder(folder, configs, True), 10**9)
+        self.run = Run(source, configs, Accelerator(cpu=device == "cpu"), RunFolder(folder, configs, True), 10**9)
         self.number, self.dead = 0, size.dead
 
     def __call__(self) -> None:
@@ -148,6 +152,7 @@ class Theirs:
                     d_in=size.d, d_sae=EXPANSION * size.d, k=K, use_sparse_activations=sparse,
                     # theirs fails with both
                     rescale_acts_by_decoder_norm=not sparse,
+                    device=str(objective.sae.w_enc.device),
                 )
             )  # fmt: skip
             with torch.no_grad():
@@ -155,7 +160,8 @@ class Theirs:
                 sae.W_dec.copy_(objective.sae.w_dec)
                 sae.b_dec.copy_(objective.sae.b_dec)
             config = SAETrainerConfig(
-                n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False, device="cpu", autocast=False,
+                n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False, autocast=False,
+                device=str(objective.sae.w_enc.device),
                 total_training_samples=10**9, lr=3e-4, lr_end=3e-4, lr_scheduler_name="constant", lr_warm_up_steps=0,
                 adam_beta1=0.9, adam_beta2=0.999, lr_decay_steps=0, n_restart_cycles=1, dead_feature_window=10**6,
                 train_batch_size_samples=size.batch, feature_sampling_window=10**6,
@@ -192,11 +198,11 @@ def check_agreement(ours: Ours, theirs: Theirs, rows: Mapping[str, Tensor]) -> f
     return worst
 
 
-def measure(size: Size, rows: Mapping[str, Tensor], rounds: int, sparse: bool) -> tuple[list[Row], float]:
+def measure(size: Size, rows: Mapping[str, Tensor], rounds: int, sparse: bool, device: str) -> tuple[list[Row], float]:
     """Training alone, on rows that are there."""
     source = TensorSource({site: each.contiguous() for site, each in rows.items()})
     with tempfile.TemporaryDirectory() as folder:
-        ours = Ours(source, list(rows), size, Path(folder))
+        ours = Ours(source, list(rows), size, Path(folder), device)
         found: dict[str, Callable[[], object]] = {OURS: ours}
         batches = {name: source.batches(size.batch) for name in (THEIRS, SPARSE)}
         variants = {THEIRS: False} | ({SPARSE: True} if sparse else {})
@@ -206,17 +212,17 @@ def measure(size: Size, rows: Mapping[str, Tensor], rounds: int, sparse: bool) -
         theirs = found[THEIRS]
         assert isinstance(theirs, Theirs)
         worst = check_agreement(ours, theirs, first)
-        times = in_turns(found, rounds, 1, size.name)
+        times = in_turns(found, rounds, 1, size.name, device=device)
     return compare(times, f"trained: {size.name}", list(variants)), worst
 
 
 def measure_live(size: Size, collector: Collector, rounds: int) -> tuple[list[Row], dict[str, float]]:
     """Collected and trained, every site's autoencoder from one pass on both sides."""
     with tempfile.TemporaryDirectory() as folder:
-        ours = Ours(LiveSource(collector), collector.sites, size, Path(folder))
+        ours = Ours(LiveSource(collector), collector.sites, size, Path(folder), collector.device)
         variants = {OURS: ours, THEIRS: Theirs(collector, ours, size, False),
                     SPARSE: Theirs(collector, ours, size, True), ALONE: collector}  # fmt: skip
-        times = in_turns(variants, rounds, 1, "collected and trained")
+        times = in_turns(variants, rounds, 1, "collected and trained", device=collector.device)
     name = f"collected and trained: {LAYERS} sites, {size.name}"
     rows = [row for row in compare(times, name, [THEIRS, SPARSE]) if row.variant == OURS]
     trained = LAYERS * size.batch
@@ -225,21 +231,25 @@ def measure_live(size: Size, collector: Collector, rounds: int) -> tuple[list[Ro
     return rows, speeds | {"share of collecting in ours": round(share, 3)}
 
 
-def _measured_bytes(size: Size, connection: Any) -> None:
-    """In a process of its own: what a few steps add to the most memory it ever held."""
+def _measured_bytes(size: Size, device: str, connection: Any) -> None:
+    """In a process of its own: what a few steps add to the most memory it ever held, on a GPU to what it allocated."""
     torch.set_num_threads(1)
-    source = TensorSource({"site": torch.randn(2 * size.batch, size.d)})
+    source = TensorSource({"site": torch.randn(2 * size.batch, size.d, device=device)})
     with tempfile.TemporaryDirectory() as folder:
         # the memory that code takes when it first runs is not training's
-        Ours(TensorSource({"site": torch.randn(64, 8)}), ["site"], Size(8, 64), Path(folder))()
+        Ours(TensorSource({"site": torch.randn(64, 8, device=device)}), ["site"], Size(8, 64), Path(folder), device)()
     # the most so far is forgotten
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status_bytes("VmRSS")
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")
+    else:
+        torch.cuda.reset_peak_memory_stats()
+    before = _status_bytes("VmRSS") if device == "cpu" else torch.cuda.memory_allocated()
     with tempfile.TemporaryDirectory() as folder:
-        run = Ours(source, ["site"], size, Path(folder))
+        run = Ours(source, ["site"], size, Path(folder), device)
         for _ in range(3):
             run()
-    connection.send(_status_bytes("VmHWM") - before)
+    most = _status_bytes("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
+    connection.send(most - before)
 
 
 def _status_bytes(name: str) -> int:
@@ -248,10 +258,10 @@ def _status_bytes(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def memory(size: Size) -> dict[str, str | float]:
-    """Megabytes of training, by the formula and measured (on Linux)."""
+def memory(size: Size, device: str = "cpu") -> dict[str, str | float]:
+    """Megabytes of training, by the formula and measured (on Linux, or on a GPU)."""
     mine, other = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_measured_bytes, args=(size, other))
+    process = multiprocessing.get_context("spawn").Process(target=_measured_bytes, args=(size, device, other))
     process.start()
     # a process that fails leaves nothing to wait for
     other.close()
@@ -268,16 +278,20 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="width 720 and small batches only")
     parser.add_argument("--rounds", type=int, help="calls of each variant (default 5, quick 3)")
     parser.add_argument("--batch", type=int, help="rows of a step (default 4096, quick 1024)")
-    parser.add_argument("--json", type=Path, default=RESULTS / "bench_sae_cpu.json", help="where the result goes")
+    parser.add_argument("--json", type=Path, help="where the result goes (default results/bench_sae_DEVICE.json)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where both train")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    device = options.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch finds no GPU on this machine")
     try:
         versions = {name: importlib.metadata.version(name) for name in ("sae-lens", "transformer-lens")}
     except importlib.metadata.PackageNotFoundError as error:
         raise SystemExit(f"{error.name} is not installed: pip install 'sae-lens>=6.54,<7'") from error
     rounds, batch = options.rounds or (3 if options.quick else 5), options.batch or (1024 if options.quick else 4096)
-    collector = Collector(batch)
+    collector = Collector(batch, device)
     small, large = Size(collector.width, batch), Size(1024, batch)
     sizes = [small] if options.quick else [small, large, replace(small, dead=True), replace(large, dead=True)]
     generator = torch.Generator().manual_seed(0)
@@ -287,20 +301,21 @@ def main() -> None:
     for size in sizes:
         site = collector.sites[-1]
         tokens = given[site] if size.d == collector.width else torch.randn(2 * batch, size.d, generator=generator)
-        found, agreement[size.name] = measure(size, {site: tokens}, rounds, sparse=not size.dead)
+        given_rows = {site: tokens.to(device)}
+        found, agreement[size.name] = measure(size, given_rows, rounds, not size.dead, device)
         rows += found
     live, speeds = measure_live(small, collector, rounds)
     rows += live
     targets = check_targets(rows, {(row.size, OURS): LIMIT for row in rows if row.variant == OURS})
-    kept = [memory(size) for size in sizes]
+    kept = [memory(size, device) for size in sizes]
     about = {
-        "machine": machine(options.threads), "versions": versions, "k": K, "rounds": rounds,
+        "machine": machine(options.threads, device), "versions": versions, "k": K, "rounds": rounds,
         "relative difference of gradients": agreement, "collected and trained": speeds, "memory": kept,
         "sizes": [asdict(size) for size in sizes],
     }  # fmt: skip
     show(Console(), rows, targets)
     Console().print_json(json.dumps({"collected and trained": speeds, "memory": kept}))
-    write_json(options.json, report(rows, targets, about))
+    write_json(options.json or RESULTS / f"bench_sae_{device}.json", report(rows, targets, about))
 
 
 if __name__ == "__main__":

@@ -55,20 +55,29 @@ class Target:
     met: bool
 
 
-def clock() -> tuple[str, Callable[[], float]]:
-    """The time that is measured: the process's own on one thread, else what passes on the wall."""
+def clock(device: str = "cpu") -> tuple[str, Callable[[], float]]:
+    """The time that is measured: the process's own on one thread, else what passes on the wall; on a GPU until all
+    that it was given is done."""
+    if device != "cpu":
+        return "wall", _when_done
     return ("processor", time.process_time) if torch.get_num_threads() == 1 else ("wall", time.perf_counter)
 
 
+def _when_done() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def in_turns(
-    variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int, label: str, turn_s: float = 0.0
-) -> Times:
+    variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int, label: str, turn_s: float = 0.0,
+    device: str = "cpu",
+) -> Times:  # fmt: skip
     """Seconds of every call, its result freed: name -> one time per round. Each round starts with another variant.
 
     turn_s: a variant that is faster is called again and again for that long in each of its turns, and the time is the
     mean of these calls; how often, the last round of the warm-up tells, which must then be there.
     """
-    _, now = clock()
+    _, now = clock(device)
     names = list(variants)
     times: dict[str, list[float]] = {name: [] for name in names}
     calls = dict.fromkeys(names, 1)
@@ -136,16 +145,17 @@ def per_call_us(fn: Callable[[Any], object], argument: object, calls: int = 100_
     return (min(loop() for _ in range(5)) - min(empty_loop() for _ in range(5))) / calls * 1e6
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
     """What was measured on, without names that belong to one machine."""
-    return {
+    gpu = {} if device == "cpu" else {"gpu": torch.cuda.get_device_name()}
+    return gpu | {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
         "system": platform.system(),
         "python": platform.python_version(),
         "threads": threads,
-        "clock": clock()[0],
+        "clock": clock(device)[0],
     }
 
 

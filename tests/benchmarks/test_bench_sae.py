@@ -25,7 +25,9 @@ def test_quick_run_writes_every_ratio(bench: ModuleType, tmp_path: Path, monkeyp
     given = ["bench_sae.py", "--quick", "--rounds", "1", "--batch", "128", "--json", str(file)]
     monkeypatch.setattr(sys, "argv", given)
     monkeypatch.setattr(bench, "EXPANSION", 1)
-    monkeypatch.setattr(bench, "memory", lambda size: {"size": size.name, "formula_mb": 2.0, "measured_mb": 1.0})
+    monkeypatch.setattr(
+        bench, "memory", lambda size, device: {"size": size.name, "formula_mb": 2.0, "measured_mb": 1.0}
+    )
     bench.main()
     result = json.loads(file.read_text())
     sizes = {row["size"].partition(":")[0] for row in result["rows"]}
@@ -69,4 +71,11 @@ def test_without_sae_lens_it_says_what_to_install(bench: ModuleType, monkeypatch
     monkeypatch.setattr(importlib.metadata, "version", missing)
     monkeypatch.setattr(sys, "argv", ["bench_sae.py"])
     with pytest.raises(SystemExit, match="sae-lens is not installed: pip install"):
+        bench.main()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_it_says_so(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_sae.py", "--device", "cuda"])
+    with pytest.raises(SystemExit, match="no GPU on this machine"):
         bench.main()
