@@ -199,9 +199,25 @@ def test_success_that_stays_is_not_called_no_effect(context):
     assert _knocked(context, difference_low=-0.4, difference_high=-0.2)["holds"] is False
 
 
+def test_the_best_head_of_all_is_judged_and_others_are_said_to_be_beside_it(context):
+    about = {"suite": "goal", "heads": "L0H0", "mcnemar_p": 1.0, "holm_p": 1.0, "displacement": 0.02, "floor": 1e-8,
+             "zero_effect": False, "success": 1.0}  # fmt: skip
+    table = pd.DataFrame([
+        {"suite": "goal", "arm": "baseline", "success": 1.0},
+        {**about, "arm": "vlm: top head", "difference": 0.0, "difference_low": -0.05, "difference_high": 0.05},
+        {**about, "arm": "expert: top head", "difference": -0.9, "difference_low": -1.0, "difference_high": -0.8},
+    ])  # fmt: skip
+    found = _knocked_out(context, table, "goal")
+    assert found.holds is True
+    assert found.measured.startswith("vlm: top head") and ". Beside it, not judged: expert: top" in found.measured
+
+
 def test_all_maps_are_drawn_on_one_scale(maps):
     chosen = last_layers(_scores())[1:] + top_heads(_scores())[:1]
     figure, caption = draw_maps(maps, chosen, "top")
+    assert maps.moments[0].instruction in figure.get_suptitle()
+    wordless, _ = draw_maps(maps, chosen, "top", reads_words=False)
+    assert wordless.get_suptitle() == f"{maps.moments[0].task} (no words are read)"
     assert "one scale for all panels" in caption
     bars = [axes for axes in figure.axes if "mean of the camera" in axes.get_ylabel()]
     assert len(bars) == 1

@@ -153,6 +153,9 @@ def test_rules_are_judged_by_the_tables(tmp_path) -> None:
     assert "1 others go with the task" in found["concepts-hold"].measured
     # one frequent feature; random ones between 100 and 1000
     assert failure["frequent"][0] == 1 and 100 < failure["random"][0] < 1000
+    # between 100 and all 1000 nothing was run
+    said = found["random-needs-more"].measured
+    assert failure["draws"][0] == "more than 100" and "1.0 or fewer frequent ones" in said and "for these draws" in said
     found, _ = judged(tmp_path, targeted=0.8, frequent=0.3, random=0.3)
     assert [found[rule].holds for rule in kind.RULES[1:]] == [False, False, False]
     # nobody loses anything: no more than the others, as far as so many episodes tell

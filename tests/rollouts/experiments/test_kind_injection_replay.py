@@ -125,6 +125,11 @@ def test_rules_are_judged_from_the_table(tmp_path: Path) -> None:
     assert kind._every_site(made, settings, table(a=1.0, b=0.995)).holds
     missed = kind._every_site(made, settings, table(a=1.0, b=0.9))
     assert missed.holds is False and "1 of 2 sites" in missed.measured and "b 0.900" in missed.measured
+    near = kind._every_site(made, settings, table(a=1.0, b=0.98972))
+    assert near.holds is False and "b 0.9897" in near.measured
+    unrelated = pd.concat([table(a=1.0, b=0.9), table(a=1.0, b=0.9).assign(donor="unrelated", identical=1.0)])
+    tested = kind._replays_unrelated(made, unrelated).measured
+    assert tested.startswith("tested at 1 of 1 injections that are replay; cosine with the unrelated donor: a: 1.000")
     assert kind._flagged(made, settings, table(a=1.0, b=0.9)).holds
     open_site = kind._flagged(made, settings, table(a=1.0, b=0.995))
     assert open_site.holds is False and "not replay: b (open, prompts cut)" in open_site.measured

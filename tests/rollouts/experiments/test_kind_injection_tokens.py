@@ -1,11 +1,13 @@
 """E3: language tokens at the first place are the instruction itself; verdicts follow from the table."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from injection_case import context, run
 
+from hooked_vla.inputs import Segments
 from hooked_vla.rollouts.cells import Scene
 from hooked_vla.rollouts.experiments.kinds import injection_tokens as kind
 
@@ -66,12 +68,30 @@ def test_random_tokens_are_drawn_for_each_place_anew(done) -> None:
     from hooked_vla.rollouts.injection import open_recording
 
     recording = open_recording(done[0].folder("source"))
-    places = [kind.Place(name, ("vlm.blocks.0.hook_resid_pre",), kind.SINGLE, i) for i, name in enumerate("ab")]
+    places = [kind.Place(name, ("vlm.blocks.0.hook_resid_pre",), kind.LAYERS, None) for name in "ab"]
     found = kind.injections(places, recording, kind.Settings(2, segments=(), draws=2))
     # prompts that state the robot's state grow and shrink on the way
     assert {each.injection.align for name, each in found.items() if name.startswith("language")} == {"start"}
     drawn = [each.injection.positions for each in found.values() if each.tokens == kind.RANDOM]
     assert len(drawn) == len(set(drawn)) == 4
+    # no rule is judged by those of one layer
+    alone = kind.injections([replace(places[0], kind=kind.SINGLE)], recording, kind.Settings(2, segments=(), draws=2))
+    assert [name for name, each in alone.items() if each.tokens == kind.RANDOM] == ["random 1: a"]
+
+
+def test_where_language_has_more_tokens_than_all_others_these_are_taken(done, monkeypatch) -> None:
+    from hooked_vla.rollouts.injection import open_recording
+
+    recording, place = open_recording(done[0].folder("source")), kind.Place("all", ("site",), kind.LAYERS, None)
+    few = Segments.from_spans([("image:top", 2), ("language", 5), ("state", 1), ("pad", 3)], 1)
+    monkeypatch.setattr(kind, "_segments", lambda *_: few)
+    assert kind.random_tokens(recording, "site", 0) == (0, 1, 7)
+    # and drawn once
+    found = kind.injections([place], recording, kind.Settings(2, segments=(), draws=3))
+    assert [each.injection.positions for each in found.values() if each.tokens == kind.RANDOM] == [(0, 1, 7)]
+    monkeypatch.setattr(kind, "_segments", lambda *_: Segments.from_spans([("language", 5), ("pad", 3)], 1))
+    with pytest.raises(ValueError, match="site has no tokens but language to draw from"):
+        kind.random_tokens(recording, "site", 0)
 
 
 def row(tokens: str, place: str, what: str, share: float, first: float, **more) -> dict:
@@ -123,7 +143,8 @@ def test_random_tokens_are_compared_episode_by_episode(tmp_path: Path) -> None:
     won |= {f"random {i}: vlm": dict.fromkeys(scenes, 0.0) for i in (1, 2)}
     scored = kind.Scored(won, {})
     verdict = kind._beats_random(made, rows, scored)
-    assert verdict.holds and "random 62% and 10%" in verdict.measured
+    assert verdict.holds
+    assert "random 62% and 10% (mean of 2 draws: 75% and 10%, 50% and 10%)" in verdict.measured
     rows[0]["restored"] = 0.75
     assert kind._beats_random(made, rows, scored).holds is False
 

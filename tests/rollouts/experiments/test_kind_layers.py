@@ -59,6 +59,15 @@ def test_a_policy_that_says_its_actions_as_tokens_is_compared_by_its_scores(tmp_
     assert (keys["exact"] - keys[agreement.INTEGRATED]).abs().max() < 0.1
 
 
+def test_estimates_have_a_scale_where_they_lie(done) -> None:
+    figure, _ = agreement.agreement_figure(done[1].tables["patches"], done[1].tables["agreement"])
+    for axes in figure.axes:
+        low, high = axes.get_ylim()
+        assert sum(low <= tick <= high for tick in axes.get_yticks()) >= 3
+        labels = [label.get_text() for label in axes.get_yticklabels()]
+        assert [float(label) for label in labels] == pytest.approx(list(axes.get_yticks()), rel=5e-3)
+
+
 def test_what_an_estimate_misses_is_counted() -> None:
     exact = [0.9, 0.8, 0.1, 0.05, 0.02, 0.01, 0.0, 0.0]
     cells = pd.DataFrame([

@@ -80,6 +80,15 @@ def test_verdicts_follow_from_success_and_from_what_is_explained(tmp_path) -> No
     assert found["identity"].holds is False and found["per-token"].holds is None
 
 
+def test_failures_that_lie_evenly_over_tasks_are_no_surer_than_their_number(tmp_path) -> None:
+    """29 of 36 against nine tenths: p = 0.06, though each of twelve tasks lost about the same."""
+    rows = [{"suite": "goal", "arm": arm, "task": f"t{i % 12}", "seed": i, "success": arm == "baseline" or i >= 7}
+            for arm in ("baseline", "a") for i in range(36)]  # fmt: skip
+    still = [np.zeros((3, 4), np.float32)] * len(rows)
+    mean, low, high = kind.above_share(Runs(pd.DataFrame(rows), still, still, still), "goal", "a", 0.9, 0)
+    assert mean == pytest.approx(0.1 - 7 / 36) and low < mean < 0 < high
+
+
 def test_a_policy_that_fails_by_itself_is_not_judged(tmp_path) -> None:
     half = [True, False] * 30
     found = judged(tmp_path, {"identity": (half, {"way": "identity", "unchanged": 60, "n": 60}),

@@ -57,7 +57,7 @@ def _shifts(said: float, unsaid: float, broken: tuple[float, ...] = (), random: 
 
 
 def _judged(context: Context, shifts: pd.DataFrame) -> dict[str, bool | None]:
-    return {each.rule: each.holds for each in _verdicts(context, shifts, best_doses(shifts, 0.5))}
+    return {each.rule: each.holds for each in _verdicts(context, shifts, best_doses(shifts, 0.5), 0.5)}
 
 
 def test_a_shift_with_style_words_and_none_without_holds(context):
@@ -78,6 +78,26 @@ def test_damage_is_not_steering(context):
     assert _judged(context, shifts) == {"said-shift": False, "unsaid-weak": None}
     everywhere = _shifts(said=2.0, unsaid=2.0, broken=(1.0, 2.0))
     assert _judged(context, everywhere) == {"said-shift": False, "unsaid-weak": None}
+
+
+def test_damage_in_held_out_episodes_is_not_steering_either(context):
+    """The dose was chosen on episodes in which the policy still works; in those that are judged it does not."""
+    shifts = _shifts(said=0.3, unsaid=0.0)
+    lost = shifts["held_out"] & (shifts["arm_kind"] == NEURONS) & (shifts["word"] == "low")
+    found = _verdicts(context, shifts.assign(success=shifts["success"] & ~lost), best_doses(shifts, 0.5), 0.5)[0]
+    # the one word's 60 % count half
+    assert found.measured.startswith("+30% (") and "under low × 2 it succeeds in 0% of the held-out" in found.measured
+    lost = shifts["held_out"] & (shifts["arm_kind"] == NEURONS)
+    found = _verdicts(context, shifts.assign(success=shifts["success"] & ~lost), best_doses(shifts, 0.5), 0.5)[0]
+    assert found.holds is False and "there is nothing to steer" in found.measured
+
+
+def test_an_interval_with_the_limit_in_it_is_undecided(context):
+    shifts = _shifts(said=0.15, unsaid=0.0)
+    spread = shifts["arm_kind"].eq(NEURONS) & shifts["prompt"].eq(SAID)
+    shifts["shift"] += (shifts["seed"] % 8 - 3.5).where(spread, 0.0) * 0.01
+    found = _verdicts(context, shifts, best_doses(shifts, 0.5), 0.5)
+    assert [each.holds for each in found] == [None, None] and "undecided" in found[0].measured
 
 
 def test_without_a_reference_or_a_working_baseline_nothing_is_judged(context):

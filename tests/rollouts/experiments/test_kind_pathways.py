@@ -36,6 +36,15 @@ def test_every_condition_is_run_at_a_site_of_each_pathway(done) -> None:
     assert any("expert.blocks.3" in label and label.startswith("replay") for label in done[1].labels)
 
 
+def test_a_policy_whose_every_block_is_replay_is_refused_before_anything_runs(tmp_path) -> None:
+    made = context("E5", tmp_path / "run", model="xvla-tabletop")
+    with pytest.raises(
+        ValueError, match=r"any block of expert of xvla-tabletop hands on is all .*: injecting it is re"
+    ):
+        made.definition.module.run(made, made.definition.settle(False))
+    assert not (tmp_path / "run").exists()
+
+
 def test_sizes_are_those_of_the_recorded_values(done) -> None:
     made, outcome = done
     change = outcome.tables["change"].set_index(["condition", "site"])

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from injection_case import context
 from report_numbers import unknown_numbers
 
 from hooked_vla import HookedVLA
@@ -15,7 +16,8 @@ from hooked_vla.rollouts.experiments.compare import Runs
 from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.definition import find_experiment
 from hooked_vla.rollouts.experiments.kinds import probes
-from hooked_vla.rollouts.experiments.kinds.probes_held_out import HeldOut, _ahead, hold_out
+from hooked_vla.rollouts.experiments.kinds.probes import _margin_verdicts
+from hooked_vla.rollouts.experiments.kinds.probes_held_out import AHEAD, ALONE, EXPERT, VLM, HeldOut, _ahead, hold_out
 from hooked_vla.rollouts.experiments.kinds.probes_removal import (
     ANOTHER_ALL,
     AS_FAR_ALL,
@@ -35,6 +37,7 @@ from hooked_vla.rollouts.experiments.kinds.probes_scores import (
     questions,
     random_weights,
 )
+from hooked_vla.rollouts.experiments.outcome import Verdict
 from hooked_vla.rollouts.experiments.run import run_experiment
 from hooked_vla.rollouts.jobs import ModelSource
 from hooked_vla.rollouts.records import read_episodes
@@ -128,6 +131,36 @@ def test_a_control_that_reads_more_says_nothing_for_the_other_side() -> None:
     found = {("block", "language model"): held(0.1), ("block", "expert"): held(-0.7)}
     ahead = _ahead("block", "language model", "expert", ("block",), found)
     assert (ahead["margin"], ahead["low"], ahead["high"]) == (0.1, 0.1, 0.1)
+
+
+def margin_row(label: str, side: str, margin: float, control: float, **more: object) -> dict[str, object]:
+    return {"label": label, "side": side, "margin": margin, "low": margin - 0.01, "high": margin + 0.01,
+            "least_control": control, "score": control + margin, "best_control": "random weights", "chosen": "a place",
+            **more}  # fmt: skip
+
+
+def margin_case(tmp_path: Path, control: float, margin: float) -> dict[str, Verdict]:
+    """Goals read off the language model with a margin over a control, off the expert with none."""
+    rows = [margin_row(label, side, margin if side == VLM else -0.001, control)
+            for label in ("block", "pad", "end effector", "next action") for side in (VLM, EXPERT)]  # fmt: skip
+    rows += [margin_row(label, AHEAD[VLM], margin, 0) for label in ("block and pad",)]
+    rows += [margin_row(label, AHEAD[EXPERT], -margin, 0) for label in ("end effector", "next action")]
+    rows += [margin_row("pad", ALONE, 0.0, control)]
+    made = context("E14", tmp_path)
+    return {each.rule: each for each in _margin_verdicts(made, pd.DataFrame(rows))}
+
+
+def test_a_margin_that_a_control_leaves_no_room_for_is_not_judged(tmp_path: Path) -> None:
+    """Random weights tell fixed words apart as well as any model: no margin of 20 points is there to be had."""
+    room = margin_case(tmp_path, 0.5, 0.3)
+    assert room["goal-in-vlm"].holds is True and room["goal-vlm-over-expert"].holds is True
+    assert room["state-in-expert"].holds is False
+    assert "pad, language model without the adapter: +0.00 (" in room["goal-in-vlm"].measured
+    assert margin_case(tmp_path, 0.5, 0.1)["goal-in-vlm"].holds is False
+    full = margin_case(tmp_path, 0.995, 0.0)
+    assert [full[rule].holds for rule in full] == [None] * 4
+    assert "some control reads block with 0.99 or more, pad with" in full["goal-in-vlm"].measured
+    assert "-0.00" not in full["state-in-expert"].measured
 
 
 def removal_case(tmp_path: Path, goal: float, far: float, astray: float) -> dict[str, bool | None]:

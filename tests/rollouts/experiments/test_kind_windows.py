@@ -119,10 +119,10 @@ def test_a_goal_that_was_done_and_undone_counts(
     # as often as the donor itself succeeds
     assert source.runs.episodes["success"].tolist() == [True, True]
     runs = read_runs(expert)
-    kind._check_zero(setup, runs, kind.Scored({}, found))
+    kind._check_zero(setup, runs, kind.Scored({}, found, {}))
     missed = {"switch at 0": dict.fromkeys(found["switch at 0"], 0.0)}
     with pytest.raises(RuntimeError, match="the donor succeeds, and the same actions do not do its goal"):
-        kind._check_zero(setup, runs, kind.Scored({}, missed))
+        kind._check_zero(setup, runs, kind.Scored({}, missed, {}))
 
 
 def rows(late: float, goal: float, floor: float = 0.0, middle: float = 0.07) -> list[dict]:
@@ -130,22 +130,22 @@ def rows(late: float, goal: float, floor: float = 0.0, middle: float = 0.07) -> 
               "within": far, "no_op_floor": floor, "success": 0.5}
              for what in (kind.INJECTED, kind.NOISE) for i, far in enumerate((0.1, middle, late))]  # fmt: skip
     return moved + [{"kind": kind.SWITCH, "arm": f"switch at {step}", "start": step, "donors_goal": share,
-                     "success": 0.0} for step, share in ((0, 1.0), (32, goal))]  # fmt: skip
+                     "own_goal": 0.0, "n_begun": 12} for step, share in ((0, 1.0), (32, goal))]  # fmt: skip
 
 
-def scored(late: float, goal: float, n: int = 12) -> kind.Scored:
+def scored(late: float, goal: float, n: int = 12, middle: float = 0.07) -> kind.Scored:
     scenes = [Scene(str(i), i) for i in range(n)]
-    within = {f"window {i}": dict.fromkeys(scenes, far) for i, far in enumerate((0.1, 0.07, late))}
+    within = {f"window {i}": dict.fromkeys(scenes, far) for i, far in enumerate((0.1, middle, late))}
     goals_done = {"switch at 0": dict.fromkeys(scenes, 1.0),
                   "switch at 32": {scene: float(i < goal * n) for i, scene in enumerate(scenes)}}  # fmt: skip
-    return kind.Scored(within, goals_done)
+    return kind.Scored(within, goals_done, {})
 
 
 def test_windows_are_judged_by_their_own_steps_in_order(tmp_path: Path) -> None:
     made = context("E6", tmp_path)
 
     def judge(late: float, **changes: float) -> Verdict:
-        return kind._early_windows(made, rows(late, 0, **changes), scored(late, 0))
+        return kind._early_windows(made, rows(late, 0, **changes), scored(late, 0, **changes))
 
     assert judge(0.04).holds and "first ÷ last 2.50" in judge(0.04).measured
     # displacement over whole episodes is the same in all of them, and decides nothing
@@ -163,3 +163,29 @@ def test_switches_are_judged_by_goals_and_a_test(tmp_path: Path) -> None:
     unknown = rows(0.1, float("nan"))
     assert kind._early_switches(made, unknown, scored(0.1, 0.0)).holds is None
     assert kind._floors(made, rows(0.1, 0)).holds and not kind._floors(made, rows(0.1, 0, 1e-9)).holds
+
+
+def test_an_episode_that_ended_before_its_switch_is_not_one_of_it(expert: Rollouts, tmp_path: Path) -> None:
+    """The first of the two ends at a step at which the other still has its way to go."""
+    settings = kind.Settings(2)
+    rows = expert.episodes.to_pylist()
+    steps = expert.episodes.column_names.index("n_steps")
+    cut = expert.episodes.set_column(steps, "n_steps", pa.array([32, 33], pa.int32()))
+    late = named(replace(expert, episodes=cut), "switch at 32")
+    second = Scene(rows[1]["task"], rows[1]["seed"])
+    assert list(kind._own_goal(settings, late)["switch at 32"]) == [second]
+    source = recorded(named(expert, "baseline"), tmp_path)
+    setup = kind.Setup([], source, source, {each.scene: each.episode for each in source.sources})
+    assert list(kind._other_goal(settings, setup, late)["switch at 32"]) == [second]
+    assert len(kind._own_goal(settings, named(late, "switch at 28"))["switch at 28"]) == 2
+
+
+def test_windows_are_compared_in_the_episodes_that_last_through_all(tmp_path: Path) -> None:
+    """What ends before the last window would make the first one look larger here."""
+    made, all_of = context("E6", tmp_path), scored(0.04, 0)
+    fast = {Scene(f"fast {i}", i): 9.0 for i in range(12)}
+    some = {**all_of.within, "window 0": {**all_of.within["window 0"], **fast}}
+    found = kind._early_windows(made, rows(0.04, 0), replace(all_of, within=some))
+    assert found.holds and "in the 12 episodes" in found.measured and "first ÷ last 2.50" in found.measured
+    none = {**all_of.within, "window 2": {}}
+    assert kind._early_windows(made, rows(0.04, 0), replace(all_of, within=none)).holds is None

@@ -11,6 +11,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from hooked_vla.rollouts.experiments.figures import curve, heat_map, success_bars
+from hooked_vla.rollouts.experiments.kinds.injection_figures import endpoint_figure
 
 
 def drawn(figure: Figure) -> np.ndarray:
@@ -80,3 +81,12 @@ def test_columns_that_lack_are_named() -> None:
         heat_map(results(), "depth", "arm", "success")
     with pytest.raises(ValueError, match="no rows: nothing to draw"):
         curve(results().iloc[:0], "n", "success")
+
+
+def test_every_column_of_endpoints_has_its_scale_below() -> None:
+    """Three arms in two columns: below the second one's only panel there is none."""
+    rows = [{"arm": arm, "to_source": 0.1, "to_destination": 0.2} for arm in "abc"]
+    figure = endpoint_figure(pd.DataFrame(rows), "Ends", columns=2)
+    drawn(figure)
+    shown = [any(label.get_visible() and label.get_text() for label in axes.get_xticklabels()) for axes in figure.axes]
+    assert shown == [False, True, True, True] and not figure.axes[3].get_visible()

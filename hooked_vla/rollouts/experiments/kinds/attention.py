@@ -32,6 +32,7 @@ from hooked_vla.rollouts.experiments.kinds.attention_maps import (
 from hooked_vla.rollouts.experiments.kinds.battery_runs import (
     ALPHA,
     compare_suites,
+    few_tasks,
     gate_note,
     points,
     records,
@@ -97,8 +98,8 @@ def run(context: Context, settings: Settings) -> Outcome:
             _knocked_out(context, compared, suite),
         ],
         tables={"knock_out": compared, "heads": heads, "denoise_steps": steps, "locality": local},
-        figures={"maps": draw_maps(maps, chosen, settings.camera), **draw_scores(heads)},
-        notes=_notes(context, settings, table, local, films),
+        figures={"maps": draw_maps(maps, chosen, settings.camera, context.reads_words), **draw_scores(heads)},
+        notes=[*_notes(context, settings, table, local, films), *few_tasks(compared)],
     )
 
 
@@ -248,7 +249,13 @@ def _beats_chance(context: Context, table: pd.DataFrame, rule: str, which: str) 
         f"{row['more_low']:+.2f} to {row['more_high']:+.2f}){'' if row['reaches_action'] else ', reaches no action'}"
         for row in rows
     ]
-    return Verdict(rule, all(holds), "; ".join(said))
+    return Verdict(rule, all(holds), _with_beside(said) if which == TOP else "; ".join(said))
+
+
+def _with_beside(said: Sequence[str]) -> str:
+    """What is said of the head that points best of all, which is judged, and of those of the other pathways, which
+    are not."""
+    return said[0] + (f". Beside it, not judged: {'; '.join(said[1:])}" if said[1:] else "")
 
 
 def _knocked_out(context: Context, compared: pd.DataFrame, suite: str) -> Verdict:
@@ -278,7 +285,8 @@ def _knocked_out(context: Context, compared: pd.DataFrame, suite: str) -> Verdic
     low, high = first["difference_low"], first["difference_high"]
     within = [decide(low, high, -limit, below=False), decide(low, high, limit, below=True)]
     holds = False if False in within else None if None in within else True
-    return Verdict(rule, holds, "; ".join(said) + undecided(holds))
+    said[0] += undecided(holds)
+    return Verdict(rule, holds, _with_beside(said))
 
 
 def _notes(

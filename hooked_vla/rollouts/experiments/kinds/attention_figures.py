@@ -39,7 +39,7 @@ _FILM_REACH = 3.0
 _FILM_SCALE = 3
 
 
-def draw_maps(maps: Maps, chosen: Sequence[Chosen], camera: str) -> tuple[Figure, str]:
+def draw_maps(maps: Maps, chosen: Sequence[Chosen], camera: str, reads_words: bool = True) -> tuple[Figure, str]:
     """Chosen maps over the camera's image, at both moments of the first scene that has them; the target is outlined."""
     view = maps.views[camera]
     seeds = {each.seed for each in maps.moments if each.phase == CARRY}
@@ -71,7 +71,8 @@ def draw_maps(maps: Maps, chosen: Sequence[Chosen], camera: str) -> tuple[Figure
     figure.colorbar(scale, ax=panels, shrink=0.8, spacing="proportional", extend="max").set_label(
         "attention, 1 is the mean of the camera's tokens", fontsize=8
     )
-    figure.suptitle(f"“{maps.moments[shown[0]].instruction}”", fontsize=10)
+    first = maps.moments[shown[0]]
+    figure.suptitle(f"“{first.instruction}”" if reads_words else f"{first.task} (no words are read)", fontsize=10)
     caption = (
         f"Attention to the {camera} camera's tokens, as multiples of their mean: red more, blue less, on one scale for "
         f"all panels, whose end is at most {_MOST:g}. The target is outlined."

@@ -220,7 +220,8 @@ def failures(runs: Runs, settings: Settings, ablations: Sequence[Ablation], seed
     """For every site, how many features must go until success is half of the baseline's, frequent and random ones.
 
     Both orders end with all features that are ever active. frequent, random: numbers of features, NaN where half of the
-    success is left even then; ratio: random over frequent, with its 95 % interval by tasks (ratio_low, ratio_high).
+    success is left even then; ratio: random over frequent, with its 95 % interval by tasks (ratio_low, ratio_high),
+    of the draws that were made; draws: the numbers of each draw of random ones, in words.
     """
     rows = []
     for site in dict.fromkeys(each.site for each in ablations):
@@ -233,15 +234,25 @@ def failures(runs: Runs, settings: Settings, ablations: Sequence[Ablation], seed
         counts.append(len(whole.features))
         change, tasks = changes(runs, settings.suite, arms)
         columns = np.column_stack([np.zeros(len(change)), change]) + _base(runs, settings.suite)[:, None]
-        frequent, random = (float(each[0]) for each in _both(columns.mean(0, keepdims=True), counts))
+        means = columns.mean(0, keepdims=True)
+        frequent, random = (float(each[0]) for each in _both(means, counts))
+        of_draws, half = means[0, 1:].reshape(-1, len(counts))[1:], _FAILED * means[0, 0]
+        draws = until_failure(of_draws, counts, np.full(len(of_draws), half))
         estimate, low, high = interval_of(columns, tasks, partial(_ratio, counts=counts), seed)
         if np.isinf(frequent):
             frequent = random = estimate = low = high = float("nan")
         rows.append(
             {"site": site, FREQUENT: frequent, RANDOM: random, "ratio": estimate, "ratio_low": low, "ratio_high": high,
-             "alive": counts[-1]}
+             "draws": ", ".join(_reached(each, counts) for each in draws), "at_least": counts[0], "alive": counts[-1]}
         )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _reached(n: float, counts: Sequence[int]) -> str:
+    """A number of features to failure in words: beyond the last count but all, nothing is known but that."""
+    if np.isinf(n):
+        return f"none of {counts[-1]}"
+    return f"more than {counts[-2]}" if len(counts) > 1 and n > counts[-2] else f"{n:.1f}"
 
 
 def _base(runs: Runs, suite: str) -> Float64[np.ndarray, " scene"]:
@@ -344,10 +355,11 @@ def _needs_more(context: Context, failure: pd.DataFrame, table: pd.DataFrame) ->
             texts.append(f"{where}: success is {rest}, so that it does not depend on them")
             continue
         held.append(decide(row["ratio_low"], row["ratio_high"], threshold(context, RULES[2]), below=False))
+        few = f"{row[FREQUENT]:.1f}" + (" or fewer" if row[FREQUENT] <= row["at_least"] else "")
         texts.append(
-            f"{where}: {row[FREQUENT]:.1f} frequent ones, {row[RANDOM]:.1f} random ones, {row['ratio']:.1f} times as "
-            f"many ({row['ratio_low']:.1f} to {row['ratio_high']:.1f}); success is "
-            f"{rest}{undecided(held[-1])}"
+            f"{where}: {few} frequent ones, {row[RANDOM]:.1f} random ones (each draw: {row['draws']}), "
+            f"{row['ratio']:.1f} times as many ({row['ratio_low']:.1f} to {row['ratio_high']:.1f} by tasks, for these "
+            f"draws); success is {rest}{undecided(held[-1])}"
         )
     return Verdict(RULES[2], _all(held), "; ".join(texts))
 

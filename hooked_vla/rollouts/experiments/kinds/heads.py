@@ -259,4 +259,24 @@ def _notes(settings: Settings, halves: Sequence[Half]) -> list[str]:
         "variance it leaves is measured on the unedited policy's tokens, apart for those that run again.",
         "Autoencoders are each model's own, of the same preset and numbers of features a token; what they miss has "
         "structure, and differs between models in more than size.",
-    ]
+    ] + _said_notes(halves)
+
+
+def _said_notes(halves: Sequence[Half]) -> list[str]:
+    """What is explained of the tokens that a policy has said, beside that of those before them, where policies are
+    matched."""
+    notes = []
+    for half in halves:
+        for kind in (NOISE, SAE):
+            rows = [row for row in records(half.table) if row["kind"] == kind and row["said_explained"] > -np.inf]
+            if rows:
+                at, said = (
+                    f"{min(row[name] for row in rows):.2f} to {max(row[name] for row in rows):.2f}"
+                    for name in ("explained_variance", "said_explained")
+                )
+                notes.append(
+                    f"{half.model}, {kind}: of the tokens that it has said, which run through the block again, {said} "
+                    f"is explained; policies are matched by what is explained before that, {at}. Where the former is "
+                    "more, its actions are changed less than the match says, and a smaller loss speaks for that too."
+                )
+    return notes

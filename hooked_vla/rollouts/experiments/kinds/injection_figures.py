@@ -48,6 +48,9 @@ def endpoint_figure(table: pd.DataFrame, title: str, columns: int = 6) -> Figure
         axes.set_aspect("equal")
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
+    for axes in panels[max(0, len(arms) - columns) : len(arms)]:
+        # below some of them there is no panel
+        axes.tick_params(labelbottom=True)
     for axes in panels[len(arms) :]:
         axes.set_visible(False)
     figure.supxlabel("distance from the own end, m", fontsize=9)

@@ -275,7 +275,8 @@ def _every_site(context: Context, settings: Settings, table: pd.DataFrame) -> Ve
     for null in settings.nulls:
         live = [row for row in _single(table, null) if row["label"] != DEAD_END]
         high = [row for row in live if row["cosine"] >= limit]
-        low = ", ".join(f"{row['site']} {row['cosine']:.3f}" for row in live if row["cosine"] < limit) or "none"
+        low = ", ".join(f"{row['site']} {_below(row['cosine'], limit)}" for row in live if row["cosine"] < limit)
+        low = low or "none"
         without = next(row["cosine"] for row in records(table)
                        if (row["donor"], row["null"], row["site"]) == (OWN, null, NONE))  # fmt: skip
         # where an injection changes nothing, noise does not either
@@ -287,6 +288,11 @@ def _every_site(context: Context, settings: Settings, table: pd.DataFrame) -> Ve
                     f"below: {low}")  # fmt: skip
         holds = holds and len(high) == len(live)
     return Verdict("every-site", holds, "; ".join(told))
+
+
+def _below(cosine: float, limit: float) -> str:
+    """Three digits, or as many more as it takes to see that it is below."""
+    return next(text for digits in range(3, 17) if float(text := f"{cosine:.{digits}f}") < limit)
 
 
 def _flagged(context: Context, settings: Settings, table: pd.DataFrame) -> Verdict:
@@ -312,7 +318,12 @@ def _replays_unrelated(context: Context, table: pd.DataFrame) -> Verdict:
     if not rows:
         return Verdict("unrelated", None, "no whole residual stream is replay under this prompt")
     each = ", ".join(f"{row['site']}: {row['cosine']:.3f}, {row['identical']:.0%} identical" for row in rows)
-    return Verdict("unrelated", all(row["cosine"] >= limit for row in rows), f"cosine with the unrelated donor: {each}")
+    flagged = {(row["null"], row["site"]) for row in records(table) if row["donor"] == OWN and row["label"] == REPLAY}
+    return Verdict(
+        "unrelated",
+        all(row["cosine"] >= limit for row in rows),
+        f"tested at {len(rows)} of {len(flagged)} injections that are replay; cosine with the unrelated donor: {each}",
+    )
 
 
 def _goes_to_the_old_place(context: Context, moved: pd.DataFrame | None) -> Verdict:

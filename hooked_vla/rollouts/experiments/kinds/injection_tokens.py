@@ -73,7 +73,8 @@ EMBEDDING, SINGLE = "embedding", "one layer"
 class Settings:
     """episodes: of each arm. suite: whose tasks share a scene. max_steps: after which an episode has failed. segments:
     of the token axis, besides language; several joined by "+"; those that a site does not have are left out there.
-    gate: the least success of the baseline. draws: sets of random tokens for each place."""
+    gate: the least success of the baseline. draws: sets of random tokens where a rule is judged against them (behind
+    all blocks, and in keys and values); at single layers one."""
 
     episodes: int
     suite: str = "goal"
@@ -165,17 +166,18 @@ def _segments(recording: ActivationRecording, site: str) -> Segments:
 
 def random_tokens(recording: ActivationRecording, site: str, seed: int) -> tuple[int, ...]:
     """As many places of the site's token axis as it has language tokens, drawn from those that are neither language nor
-    padding. Raises ValueError where there are fewer."""
+    padding; all of these where there are no more of them. Raises ValueError where there are none."""
     segments = _segments(recording, site)
     labels = np.array([segments.names[i] for i in segments.labels[0].tolist()])
     others, n = np.flatnonzero((labels != LANGUAGE) & (labels != PAD)), int((labels == LANGUAGE).sum())
-    if len(others) < n:
-        raise ValueError(f"{site} has {n} language tokens, but only {len(others)} others to draw from")
-    return tuple(sorted(np.random.default_rng(seed).choice(others, n, replace=False).tolist()))
+    if not len(others):
+        raise ValueError(f"{site} has no tokens but language to draw from")
+    return tuple(sorted(np.random.default_rng(seed).choice(others, min(n, len(others)), replace=False).tolist()))
 
 
 def injections(places: Sequence[Place], recording: ActivationRecording, settings: Settings) -> dict[str, Injected]:
-    """What every arm injects, by its name. Random tokens are drawn for each place, and are the same in all episodes."""
+    """What every arm injects, by its name. Random tokens are drawn for each place, and each draw is the same in all
+    episodes."""
     found = {}
     for place in places:
         present = _segments(recording, place.sites[0]).present()
@@ -185,9 +187,13 @@ def injections(places: Sequence[Place], recording: ActivationRecording, settings
                 found[f"{text}: {place.name}"] = Injected(
                     text, place, Injection(place.sites, HOLD, tokens=parts, align=START)
                 )
-        for draw in range(settings.draws):
-            seed = zlib.crc32(f"{place.name} {draw}".encode())
-            chosen = Injection(place.sites, HOLD, positions=random_tokens(recording, place.sites[0], seed))
+        drawn = [
+            random_tokens(recording, place.sites[0], zlib.crc32(f"{place.name} {draw}".encode()))
+            for draw in range(settings.draws if place.kind in (LAYERS, KV) else 1)
+        ]
+        # where there is nothing to draw, all draws are one
+        for draw, positions in enumerate(dict.fromkeys(drawn)):
+            chosen = Injection(place.sites, HOLD, positions=positions)
             found[f"{RANDOM} {draw + 1}: {place.name}"] = Injected(RANDOM, place, chosen)
     return found
 
@@ -312,7 +318,8 @@ def _beats_random(context: Context, rows: Sequence[dict[str, Any]], scored: Scor
         language = next(row for row in mine if row["tokens"] == LANGUAGE)
         random = [row for row in mine if row["tokens"] == RANDOM]
         means = {name: float(np.mean([row[name] for row in random])) for name in ("restored", "first_restored")}
-        said.append(f"{place}: language {_both(language)}, random {_both(means)}")
+        each = f"mean of {len(random)} draws: {', '.join(map(_both, random))}" if len(random) > 1 else "one draw"
+        said.append(f"{place}: language {_both(language)}, random {_both(means)} ({each})")
         passes += [language[name] - mean >= limit for name, mean in means.items()]
         p_values += [paired_p(scored.success[language["arm"]], scored.success[row["arm"]]) for row in random]
     return settle(rule, all(passes), p_values, f"of success and of the first chunk's likeness, {'; '.join(said)}")
@@ -379,8 +386,9 @@ def _notes(settings: Settings, context: Context, places: Sequence[Place]) -> lis
         "that states the robot's state has its tokens in this segment too.",
         "Where a segment has another number of tokens than the donor's (a prompt that states the state), tokens "
         "are paired from its start, and what is left over stays as it is.",
-        f"Random tokens are drawn {settings.draws} time(s) for each place anew, of the tokens that are neither "
-        "language nor padding: the same ones at every step and in every episode.",
+        f"Random tokens are drawn for each place anew, {settings.draws} times where a rule is judged against them and "
+        "once at single layers, of the tokens that are neither language nor padding: the same ones at every step and "
+        "in every episode. Where these are no more than the language tokens, all of them are taken, once.",
         "restored: (success - success under the null prompt) / (baseline - success under the null prompt). "
         "first_restored: the same of the first chunk's cosine with the instructed run, which is 1 for the baseline. "
         "Success may stay at 0 while the first actions are nearly those of the instructed run: both are judged.",

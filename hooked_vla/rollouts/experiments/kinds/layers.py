@@ -256,8 +256,9 @@ def _notes(context: Context, settings: Settings, alive: Sequence[str]) -> list[s
     ]
     if settings.pairs:
         goal = "first token's scores" if LOGITS in context.model.points else "actions"
+        donor = "is told another task" if context.reads_words else "sees another scene, since it reads no words"
         notes.append(
-            "Estimates by gradients are of patches from a run that is told another task, in every segment of what each "
+            f"Estimates by gradients are of patches from a run that {donor}, in every segment of what each "
             f"block hands on, writes, asks and offers; effects are shares of the way to the other run's {goal}. An "
             "estimate misses a cell that is in the quarter with the largest exact effects and in the lower half of "
             "its own. GradDrop's are magnitudes and are held against magnitudes."

@@ -31,6 +31,7 @@ from hooked_vla.rollouts.suites import get_suite
 with needs_analysis_extra():
     import pandas as pd
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 # kinds of sites, by their last word
 KINDS = {
@@ -161,7 +162,13 @@ def agreement_figure(cells: pd.DataFrame, table: pd.DataFrame) -> tuple[Figure, 
         ends = [min(exact), max(exact)]
         axes.plot(ends, ends, color="#555555", linestyle="--", linewidth=1)
         # far outliers would hide all others: they are drawn at the edge's scale
-        axes.set_yscale("symlog", linthresh=max(abs(np.array(ends)).max(), 1e-6))
+        scale = max(abs(np.array(ends)).max(), 1e-6)
+        axes.set_yscale("symlog", linthresh=scale)
+        # a logarithmic axis names powers of ten alone, which here are 0 and 1
+        linear = [tick for tick in MaxNLocator(4).tick_values(-scale, scale) if abs(tick) <= scale]
+        far = [tick for tick in axes.get_yticks() if abs(tick) > scale]
+        axes.set_yticks([*linear, *far], [f"{tick:.3g}" for tick in (*linear, *far)])
+        axes.set_yticks([], minor=True)
         axes.set_title(f"{method}\nSpearman {rho[method]:.2f}", fontsize=9)
         axes.set_xlabel("|exact effect|" if method == GRAD_DROP else "exact effect", fontsize=9)
         axes.tick_params(labelsize=7)

@@ -30,6 +30,7 @@ from hooked_vla.rollouts.experiments.kinds.battery_runs import (
     compare_suites,
     gate_note,
     limited,
+    points,
     records,
     roll_suite,
     threshold,
@@ -190,11 +191,16 @@ def _table(
 
 
 def above_share(runs: Runs, suite: str, arm: str, share: float, seed: int) -> tuple[float, float, float]:
-    """By how much an arm's success is above a share of the baseline's, with the 95 % interval by tasks."""
+    """By how much an arm's success is above a share of the baseline's, with its 95 % interval: to either side the wider
+    one of that by tasks and that by episodes. Where failures are spread evenly over tasks, resampling tasks alone is
+    surer than so few episodes allow."""
     change, tasks = changes(runs, suite, [arm])
     table = runs.episodes
     base = table["success"].to_numpy(float)[(table["suite"] == suite) & (table["arm"] == BASELINE.name)]
-    return change_interval(change[:, 0] + (1 - share) * base, tasks, seed=seed)
+    above = change[:, 0] + (1 - share) * base
+    mean, *ends = change_interval(above, tasks, seed=seed)
+    _, low, high = change_interval(above, range(len(above)), seed=seed)
+    return mean, float(np.minimum(ends[0], low)), float(np.maximum(ends[1], high))
 
 
 def _verdicts(context: Context, settings: Settings, runs: Runs, table: pd.DataFrame) -> list[Verdict]:
@@ -212,9 +218,10 @@ def _kept(context: Context, settings: Settings, runs: Runs, rows: Sequence[Mappi
     limit, said, held = threshold(context, _KEEP), [], []
     for row in rows:
         if row["way"] == TOKEN:
-            _, low, high = above_share(runs, settings.suite, row["arm"], limit, context.seed)
+            more, low, high = above_share(runs, settings.suite, row["arm"], limit, context.seed)
             held.append(decide(low, high, 0.0, below=False))
-            said.append(_said(row, rows, "explained_variance"))
+            said.append(f"{_said(row, rows, 'explained_variance')}; {points(more)} ({points(low)} to {points(high)}) "
+                        f"from {limit:.0%} of it")  # fmt: skip
     return Verdict(_KEEP, _all(held), "; ".join(said) + undecided(_all(held)))
 
 

@@ -101,7 +101,7 @@ def run(context: Context, settings: Settings) -> Outcome:
     doses = best_doses(shifts, settings.least_success)
     return Outcome(
         main=table,
-        verdicts=_verdicts(context, shifts, doses),
+        verdicts=_verdicts(context, shifts, doses, settings.least_success),
         tables={
             "neurons": neurons,
             "contrasts": contrasts,
@@ -201,7 +201,8 @@ def best_doses(shifts: pd.DataFrame, least: float) -> dict[Key, float]:
     return {key: dose for key, (_, dose) in best.items()}
 
 
-def _verdicts(context: Context, shifts: pd.DataFrame, doses: Mapping[Key, float]) -> list[Verdict]:
+def _verdicts(context: Context, shifts: pd.DataFrame, doses: Mapping[Key, float], least: float) -> list[Verdict]:
+    """least: of success, for a dose that steers."""
     rows, usual = records(shifts), references(shifts)
     base = [row["success"] for row in rows if row["arm_kind"] == BASELINE.name]
     why = ""
@@ -211,19 +212,21 @@ def _verdicts(context: Context, shifts: pd.DataFrame, doses: Mapping[Key, float]
         why = f"the words {weak} in the prompt do not shift what they say: there is no reference"
     if why:
         return [Verdict(rule, None, why) for rule in ("said-shift", "unsaid-weak")]
-    said, unsaid = (_judge(context, rows, usual, doses, prompt, NEURONS) for prompt in (SAID, UNSAID))
-    other, other_unsaid = (_judge(context, rows, usual, doses, prompt, CONTRAST) for prompt in (SAID, UNSAID))
+    (said, unsaid), (other, other_unsaid) = (
+        [_judge(context, rows, usual, doses, least, prompt, found_by) for prompt in (SAID, UNSAID)]
+        for found_by in (NEURONS, CONTRAST)
+    )
     limits = [threshold(context, rule) for rule in ("said-shift", "unsaid-weak")]
     steers = said.steers(limits[0])
     text = f"{unsaid.text}. {_BESIDE}: {other_unsaid.text}"
     weak = None
     if not steers:
-        text = f"nothing steers with style words either, so that weak says nothing. {text}"
+        text = f"it is not shown that they steer with style words, so that weak says nothing. {text}"
     elif unsaid.words:
         weak = decide(unsaid.low, unsaid.high, limits[1], below=True)
         text += undecided(weak)
     return [
-        Verdict("said-shift", steers, f"{said.text}. {_BESIDE}: {other.text}"),
+        Verdict("said-shift", steers, f"{said.text}{undecided(steers)}. {_BESIDE}: {other.text}"),
         Verdict("unsaid-weak", weak, text),
     ]
 
@@ -243,43 +246,60 @@ class _Judged:
     words: tuple[str, ...]
     text: str
 
-    def steers(self, least: float) -> bool:
-        """Whether the shift is as large as `least`, and above that of random neurons in the same episodes."""
-        return self.share >= least and self.beyond > 0
+    def steers(self, least: float) -> bool | None:
+        """Whether the shift is as large as `least`, and above that of random neurons in the same episodes; None where
+        its interval has `least` in it."""
+        return decide(self.low, self.high, least, below=False) if self.beyond > 0 else False
 
 
 def _judge(
     context: Context, rows: Sequence[Mapping[str, Any]], usual: Mapping[str, float], doses: Mapping[Key, float],
-    prompt: str, found_by: str,
+    least: float, prompt: str, found_by: str,
 ) -> _Judged:  # fmt: skip
-    """The words with a dose that leaves the policy working, on held-out episodes; the others count as no shift."""
-    words = tuple(word for word in usual if (word, prompt, found_by) in doses)
+    """The words with a dose that leaves the policy working, on held-out episodes; the others count as no shift, and so
+    do those under whose dose it does not work in the held-out ones."""
+    held_out = [
+        row
+        for row in rows
+        if row["held_out"] and row["prompt"] == prompt and row["dose"] == doses.get((row["word"], prompt, found_by))
+    ]
+    won: dict[str, list[bool]] = {}
+    for row in held_out:
+        if row["arm_kind"] == found_by:
+            won.setdefault(row["word"], []).append(row["success"])
+    words = tuple(word for word in won if np.mean(won[word]) >= least)
+    said = "; ".join(
+        [f"the policy fails at every dose of {word}, which counts as no shift" for word in usual if word not in won]
+        + [
+            f"under {word} × {doses[word, prompt, found_by]:g} it succeeds in {np.mean(won[word]):.0%} of the held-out "
+            "episodes, which counts as no shift"
+            for word in won
+            if word not in words
+        ]
+    )
     if not words:
-        text = "the policy fails at every dose of every word: there is nothing to steer"
-        return _Judged(0.0, 0.0, 0.0, 0.0, (), text)
+        return _Judged(0.0, 0.0, 0.0, 0.0, (), f"there is nothing to steer: {said}")
     shares: dict[str, dict[tuple[str, int], list[float]]] = {found_by: {}, RANDOM: {}}
-    for row in rows:
-        dose = doses.get((row["word"], prompt, found_by))
-        if row["held_out"] and row["prompt"] == prompt and row["arm_kind"] in shares and row["dose"] == dose:
+    for row in held_out:
+        if row["word"] in words and row["arm_kind"] in shares:
             mine = shares[row["arm_kind"]].setdefault((row["word"], row["seed"]), [])
             mine.append(row["shift"] / usual[row["word"]])
     scenes = list(shares[found_by])
     both = np.array([[np.mean(shares[kind][scene]) for kind in (found_by, RANDOM)] for scene in scenes])
+    of_word = {word: np.mean([both[i, 0] for i, scene in enumerate(scenes) if scene[0] == word]) for word in words}
     # what is asked is the mean over all words, those with a broken policy among them
     both *= len(words) / len(usual)
     names = [f"{word} {seed}" for word, seed in scenes]
     (share, low, high), random, apart = (
         mean_with_interval(each, names, context.seed) for each in (both[:, 0], both[:, 1], both[:, 0] - both[:, 1])
     )
-    each = ", ".join(f"{word} × {doses[word, prompt, found_by]:g}" for word in words)
-    broken = ", ".join(word for word in usual if word not in words)
+    each = ", ".join(f"{word} × {doses[word, prompt, found_by]:g} {of_word[word]:+.0%}" for word in words)
     text = (
         f"{share:+.0%} ({low:+.0%} to {high:+.0%}) of what the word in the prompt does, random neurons "
         f"{random[0]:+.0%} ({random[1]:+.0%} to {random[2]:+.0%}), in the same episodes {apart[0]:+.0%} more "
-        f"({apart[1]:+.0%} to {apart[2]:+.0%}); doses {each}"
+        f"({apart[1]:+.0%} to {apart[2]:+.0%}); doses and their words' shares {each}"
     )
-    text += f"; the policy fails at every dose of {broken}, which counts as no shift" if broken else ""
-    return _Judged(share, low, high, apart[1], words, text)
+    return _Judged(share, low, high, apart[1], words, text + (f"; {said}" if said else ""))
 
 
 def _clusters(context: Context, vocabulary: Vocabulary) -> pd.DataFrame:
@@ -308,7 +328,8 @@ def _notes(context: Context, settings: Settings, unit: float, table: pd.DataFram
         f"Value vectors are read in the directions of the model's input embeddings: {read}.",
         f"A dose of 1 is an activation of {unit:.3g}, the 99th percentile of absolute activations at episodes' starts. "
         "A word's dose is the one with the largest shift on episodes of even seeds among those that leave the policy "
-        f"at {settings.least_success:.0%} success; verdicts are on episodes of odd seeds.",
+        f"at {settings.least_success:.0%} success; verdicts are on episodes of odd seeds, and a word under whose "
+        "dose the policy succeeds less often than that in these counts as no shift.",
         "Beside the value vectors' neurons stand as many that are more active when the word is said than when its "
         "opposite is, in the same scenes: what steering by neurons can do here without a vocabulary.",
         "Neurons that no action depends on, such as those of a last block, are left out. Edits act on all tokens, at "

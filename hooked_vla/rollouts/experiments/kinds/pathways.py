@@ -60,13 +60,18 @@ class Settings:
 
 
 def run(context: Context, settings: Settings) -> Outcome:
-    """Raises ValueError for a model without the pathways' blocks."""
+    """Raises ValueError for a model without the pathways' blocks, or where every one of them is replay."""
     model, options = context.model, limited(context, settings.max_steps)
     sites = [site for way in (settings.pathway, EXPERT) for site in _sites(model, way)]
+    chosen = {way: _chosen(model, way, settings.layers) for way in (settings.pathway, EXPERT)}
+    if empty := [way for way, each in chosen.items() if not each]:
+        raise ValueError(
+            f"what any block of {', '.join(empty)} of {context.model_name} hands on is all that its actions are made "
+            "of: injecting it is replay, and nothing is left to compare"
+        )
     source = record(context, "source", settings.suite, sites, settings.episodes, options)
     others = turned_tasks(settings.suite, 1)
     turned = record(context, "turned", settings.suite, sites, settings.episodes, options, others)
-    chosen = {way: _chosen(model, way, settings.layers) for way in (settings.pathway, EXPERT)}
     arms, cells = _arms(source, turned, [site for each in chosen.values() for site in each])
     main = context.rollouts("main", settings.suite, [BASELINE, *arms], settings.episodes, options=options)
     again = rerun(context, "rerun", settings.suite, settings.episodes, options=options)

@@ -4,6 +4,7 @@ Activations are those of unedited episodes, recorded as the policy planned; a mo
 same frames. Goals are then taken out along their probes' directions in closed loop, beside random directions.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,7 +17,7 @@ from hooked_vla.rollouts.experiments.context import Context
 from hooked_vla.rollouts.experiments.figures import heat_map, success_bars
 from hooked_vla.rollouts.experiments.intervals import decide, undecided
 from hooked_vla.rollouts.experiments.kinds.battery_runs import limited, records, settings_in, threshold
-from hooked_vla.rollouts.experiments.kinds.probes_held_out import AHEAD, BOTH, EXPERT, VLM, hold_out
+from hooked_vla.rollouts.experiments.kinds.probes_held_out import AHEAD, ALONE, BOTH, EXPERT, VLM, hold_out
 from hooked_vla.rollouts.experiments.kinds.probes_removal import (
     PURSUED,
     choose_removal,
@@ -189,25 +190,32 @@ def _margin_verdicts(context: Context, held_out: pd.DataFrame) -> list[Verdict]:
     if any((goal, VLM) not in rows for goal in GOAL):
         found.append(Verdict(above, None, "no language model was probed"))
     else:
-        mine = [rows[goal, VLM] for goal in GOAL]
-        held = [decide(row["low"], row["high"], threshold(context, above), below=False) for row in mine]
+        mine, limit = [rows[goal, VLM] for goal in GOAL], threshold(context, above)
+        held = [
+            None if _at_ceiling(row, limit) else decide(row["low"], row["high"], limit, below=False) for row in mine
+        ]
         holds = False if False in held else None if None in held else True
-        found.append(Verdict(above, holds, "; ".join(map(_said, mine)) + undecided(holds)))
+        full = [row for row in mine if _at_ceiling(row, limit)]
+        found.append(Verdict(above, holds, f"{_all_said(mine, rows)}{_why_open(holds, full)}"))
     for rule, label, side in (
         ("goal-vlm-over-expert", BOTH, VLM), ("state-in-expert", STATE, EXPERT), ("action-in-expert", ACTION, EXPERT),
     ):  # fmt: skip
         if (label, AHEAD[side]) not in rows:
             found.append(Verdict(rule, None, "language model or expert was not probed"))
             continue
-        ahead = rows[label, AHEAD[side]]
-        holds = decide(ahead["low"], ahead["high"], threshold(context, rule), below=False)
-        parts = [rows[each, way] for each in (GOAL if label == BOTH else (label,)) for way in (side, *OTHER[side])]
+        ahead, limit = rows[label, AHEAD[side]], threshold(context, rule)
+        own = [rows[each, side] for each in (GOAL if label == BOTH else (label,))]
+        parts = [rows[row["label"], way] for row in own for way in (side, *OTHER[side])]
+        full = [row for row in own if _at_ceiling(row, limit)]
+        # a margin that cannot be had is not one that is missing
+        ceiling = len(full) == len(own)
+        holds = None if ceiling else decide(ahead["low"], ahead["high"], limit, below=False)
         found.append(
             Verdict(
                 rule,
                 holds,
-                f"margins over controls: {AHEAD[side]} {ahead['margin']:+.2f} ({ahead['low']:+.2f} to "
-                f"{ahead['high']:+.2f}); {'; '.join(map(_said, parts))}{undecided(holds)}",
+                f"margins over controls: {AHEAD[side]} {ahead['margin']:+z.2f} ({ahead['low']:+z.2f} to "
+                f"{ahead['high']:+z.2f}); {_all_said(parts, rows)}{_why_open(holds, full if ceiling else [])}",
             )
         )
     return found
@@ -216,11 +224,30 @@ def _margin_verdicts(context: Context, held_out: pd.DataFrame) -> list[Verdict]:
 OTHER = {VLM: (EXPERT,), EXPERT: (VLM,)}
 
 
+def _at_ceiling(row: dict[str, Any], limit: float) -> bool:
+    """Whether a control reads so much at every place that no margin as large as the limit is left: scores end at 1."""
+    return row["least_control"] > 1 - limit
+
+
+def _why_open(holds: bool | None, full: Sequence[dict[str, Any]]) -> str:
+    """Why a verdict is open, if it is. full: labels that a control reads nearly as well as anything could."""
+    if holds is not None or not full:
+        return undecided(holds)
+    each = ", ".join(f"{row['label']} with {row['least_control']:.2f} or more" for row in full)
+    return f"; not judged: at every place some control reads {each}, which leaves no such margin to anything"
+
+
 def _said(row: dict[str, Any]) -> str:
     return (
-        f"{row['label']}, {row['side']}: {row['margin']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f}) over "
-        f"{row['best_control']}, score {row['score']:.2f} at {row['chosen']}"
+        f"{row['label']}, {row['side']}: {row['margin']:+z.2f} ({row['low']:+z.2f} to {row['high']:+z.2f}) "
+        f"over {row['best_control']}, score {row['score']:.2f} at {row['chosen']}"
     )
+
+
+def _all_said(mine: Sequence[dict[str, Any]], rows: Mapping[tuple[str, str], dict[str, Any]]) -> str:
+    """What rows measure; where an adapter is part of the language model's side, also what is left without it."""
+    alone = [rows[row["label"], ALONE] for row in mine if row["side"] == VLM and (row["label"], ALONE) in rows]
+    return "; ".join(map(_said, [*mine, *alone]))
 
 
 def _chance_verdict(context: Context, best: list[dict[str, Any]]) -> Verdict:
@@ -228,7 +255,8 @@ def _chance_verdict(context: Context, best: list[dict[str, Any]]) -> Verdict:
     rule = "shuffled-at-chance"
     off = {f"{row['label']} at {row['site']}": row["shuffled"] - row["chance"] for row in best}
     worst = max(off, key=lambda name: off[name])
-    return Verdict(rule, off[worst] <= threshold(context, rule), f"most above chance: {worst}, by {off[worst]:.2f}")
+    said = f"most above chance: {worst}, by {off[worst]:.2f}" if off[worst] >= 0.005 else "none is above chance"
+    return Verdict(rule, off[worst] <= threshold(context, rule), said)
 
 
 def _map(scores: pd.DataFrame, value: str, centre: float | None) -> Any:
@@ -240,7 +268,7 @@ def _map(scores: pd.DataFrame, value: str, centre: float | None) -> Any:
         rows.append({"place": f"{row['site'].replace('hook_', '')}{at}, {row['segment']}",
                      "label": _NAMES.get(row["label"], row["label"]), value: max(row[value], -1.0)})  # fmt: skip
     limits = (0.0, 1.0) if centre is None else (-1.0, 1.0)
-    return heat_map(pd.DataFrame(rows), "place", "label", value, centre=centre, limits=limits, form=".2f")
+    return heat_map(pd.DataFrame(rows), "place", "label", value, centre=centre, limits=limits, form="z.2f")
 
 
 def _notes(recorded: Recorded, chosen: tuple[str, str]) -> list[str]:
@@ -256,6 +284,9 @@ def _notes(recorded: Recorded, chosen: tuple[str, str]) -> list[str]:
         "probe that reads one of the two guesses the other worse than at random.",
         "A margin below 0 says that a control reads more, not that the model hides what it knows: in comparisons of "
         "language model and expert it counts as 0.",
+        "Where a control reads a label nearly as well as anything could, at every place, no margin is left to show, "
+        "and the rule is not judged. The adapter between language model and expert, where there is one, counts as the "
+        "language model's; what is read without it stands beside it.",
         "Random weights see the same frames and the same noise; their expert's inputs at later denoise steps are their "
         "own. Rules are judged at the first denoise step, at which the expert's input holds nothing of the action yet.",
         "R² is within tasks: a probe that only tells tasks apart scores 0. Pictures end at -1.",

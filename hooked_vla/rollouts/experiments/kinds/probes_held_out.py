@@ -22,6 +22,7 @@ with needs_analysis_extra():
 VLM, EXPERT = "language model", "expert"
 # what is between the language model and the expert belongs to the former's side of the claims
 PATHWAYS = {VLM: ("vlm", "adapter"), EXPERT: ("expert",)}
+ALONE = "language model without the adapter"
 BOTH = "block and pad"
 AHEAD = {VLM: f"{VLM} less {EXPERT}", EXPERT: f"{EXPERT} less {VLM}"}
 _DRAWS = 2000
@@ -43,13 +44,14 @@ def hold_out(scored: Sequence[Scored], seed: int) -> pd.DataFrame:
 
     score, margin: of the chosen places on the half of the tasks that they were not chosen on, mean of the halves, the
     margin with its 95 % interval by tasks; largest: the largest margin of any place on all tasks; places: how many
-    there were to choose from. Of the expert, the first denoise step alone: later its own input is nearly the action.
+    there were to choose from; least_control: the score of the best control, at the place where it is least. Of the
+    expert, the first denoise step alone: later its own input is nearly the action.
     "block and pad" is the mean of the two. What one side is ahead by is of margins that are at least 0.
     """
     found: dict[tuple[str, str], HeldOut] = {}
     rows = []
     for label in dict.fromkeys(each.label for each in scored):
-        for side, ways in PATHWAYS.items():
+        for side, ways in _sides(scored).items():
             mine = [each for each in scored if each.label == label and _counts(each, ways)]
             if not mine:
                 continue
@@ -60,6 +62,12 @@ def hold_out(scored: Sequence[Scored], seed: int) -> pd.DataFrame:
             if all((each, way) in found for each in own for way in (side, other)):
                 rows.append(_ahead(label, side, other, own, found))
     return pd.DataFrame(rows)
+
+
+def _sides(scored: Sequence[Scored]) -> dict[str, tuple[str, ...]]:
+    """PATHWAYS, and the language model by itself where there is an adapter."""
+    adapts = any(hook_names.pathway(each.site) == "adapter" for each in scored)
+    return PATHWAYS | ({ALONE: ("vlm",)} if adapts else {})
 
 
 def _counts(scored: Scored, ways: Sequence[str]) -> bool:
@@ -95,7 +103,8 @@ def _row(label: str, side: str, held: HeldOut, mine: Sequence[Scored]) -> dict[s
         "label": label, "side": side, "metric": probe[0].metric, "places": len(mine), "chosen": ", ".join(places),
         "score": float(np.mean([each.score for each in probe])), "margin": held.estimate, "low": low, "high": high,
         "best_control": ", ".join(dict.fromkeys(each.row()["best_control"] for each in held.chosen)),
-        "largest": held.largest, "n": probe[0].n, "n_groups": probe[0].n_groups,
+        "largest": held.largest, "least_control": min(each.found.probe.score - each.found.margin for each in mine),
+        "n": probe[0].n, "n_groups": probe[0].n_groups,
     }  # fmt: skip
 
 

@@ -111,10 +111,12 @@ class Setup:
 class Scored:
     """What every arm comes to, scene by scene. within: distance from the same episode without injection in the arm's
     own window, metres. other_goal: whether the donor's goal was done at any step; empty where places are not
-    recorded."""
+    recorded. own_goal: whether the own one was. Both without the episodes that had ended before the arm's first
+    step."""
 
     within: Mapping[str, Scores]
     other_goal: Mapping[str, Scores]
+    own_goal: Mapping[str, Scores]
 
 
 def run(context: Context, settings: Settings) -> Outcome:
@@ -126,7 +128,7 @@ def run(context: Context, settings: Settings) -> Outcome:
     layout, normalize = layout_of(settings.suite), action_normalizer(context.model)
     compared = compare(runs, layout, normalize, seed=context.seed)
     reach = context.table("reach", lambda: _reach(context, settings, setup))
-    scored = Scored(_within(settings, runs, layout), _other_goal(settings, setup, done))
+    scored = Scored(_within(settings, runs, layout), _other_goal(settings, setup, done), _own_goal(settings, done))
     _check_zero(setup, runs, scored)
     arms = list(dict.fromkeys(runs.episodes["arm"]))
     each = overrides(runs, {arm: (setup.other, setup.donors) for arm in arms}, layout, normalize)
@@ -205,8 +207,9 @@ def _timed(
     """One row for every window, its noise, and every switch: from which step; within: how far it moves the end effector
     in the window's own steps (after a switch, in as many), in the n_within episodes that last so long; displacement:
     over all common steps (both in metres, with intervals by tasks; no_op_floor: the same injection of own values, or
-    the rerun); the first prompt's success; donors_goal: share of episodes that do the donor's goal at any step, with
-    Wilson's interval; endpoint_share: 0 where the episode ends by itself, 1 where its donor ended."""
+    the rerun); the first prompt's success; own_goal, donors_goal: shares, with Wilson's intervals, of the n_begun
+    episodes that had not ended before `start` that do the own goal, or the donor's at any step; endpoint_share: 0 where
+    the episode ends by itself, 1 where its donor ended."""
     rows = {row["arm"]: row for row in records(compared)}
     ends = {str(arm): float(np.nanmean(part["endpoint_share"])) for arm, part in each.groupby("arm", sort=False)}
     found = []
@@ -222,6 +225,8 @@ def _timed(
             "no_op_floor": floor,
             **{name: row[name] for name in ("success", "success_low", "success_high", "difference", "mcnemar_p",
                                             "holm_p")},
+            "n_begun": len(scored.own_goal[arm]),
+            **_share("own_goal", scored.own_goal[arm]),
             **_share("donors_goal", scored.other_goal.get(arm, {})),
             "endpoint_share": ends[arm],
         })  # fmt: skip
@@ -250,17 +255,31 @@ def _within(settings: Settings, runs: Runs, layout: Any) -> dict[str, dict[Scene
             scene = scene_of(runs, row)
             # the state after a step is what the step did
             paths = [runs.states[i][start + 1 : start + length + 1, columns] for i in (row, own[scene])]
-            n = min(len(path) for path in paths)
-            if n:
-                found[arm][scene] = float(np.linalg.norm(paths[0][:n] - paths[1][:n], axis=1).mean())
+            if all(len(path) == length for path in paths):
+                found[arm][scene] = float(np.linalg.norm(paths[0] - paths[1], axis=1).mean())
+    return found
+
+
+def _begun(settings: Settings, done: Rollouts) -> list[dict[str, Any]]:
+    """Episodes that last longer than until the first step of their arm's injection or switch."""
+    starts = {arm: start for _, arm, start, _ in _cells(settings)}
+    return [row for row in done.episodes.to_pylist() if row["n_steps"] > starts.get(row["arm"], 0)]
+
+
+def _own_goal(settings: Settings, done: Rollouts) -> dict[str, dict[Scene, float]]:
+    """1 for every episode that succeeds, else 0, of those in which anything was changed."""
+    found: dict[str, dict[Scene, float]] = {arm: {} for _, arm, _, _ in _cells(settings)}
+    for row in _begun(settings, done):
+        found.setdefault(row["arm"], {})[Scene(row["task"], row["seed"])] = float(row["success"])
     return found
 
 
 def _other_goal(settings: Settings, setup: Setup, done: Rollouts) -> dict[str, dict[Scene, float]]:
-    """1 for every episode that does its donor's goal at any step, else 0: the environment knows the own goal only, so a
-    policy that did the other one goes on, and may undo it. Empty where places are not recorded."""
+    """1 for every episode that does its donor's goal at any step, else 0, of those in which anything was changed: the
+    environment knows the own goal only, so a policy that did the other one goes on, and may undo it. Empty where places
+    are not recorded."""
     reached, found = goals_done(done), dict[str, dict[Scene, float]]()
-    for row in done.episodes.to_pylist():
+    for row in _begun(settings, done):
         if row["episode"] not in reached:
             return {}
         scene = Scene(row["task"], row["seed"])
@@ -300,23 +319,31 @@ def _verdicts(
 
 
 def _early_windows(context: Context, rows: Sequence[dict[str, Any]], scored: Scored) -> Verdict:
-    """Judged within the windows: over the whole episode, an early one has more steps to differ in."""
+    """Judged within the windows, in the episodes that last through all of them: over the whole episode, an early one
+    has more steps to differ in."""
     limit = threshold(context, "early-windows")
     moved = [row for row in rows if row["kind"] == INJECTED]
     noise = {row["start"]: row["within"] for row in rows if row["kind"] == NOISE}
-    said = ", ".join(f"steps {row['start']} to {row['stop'] - 1}: {row['within']:.3f} m (noise as large "
-                     f"{noise[row['start']]:.3f})" for row in moved)  # fmt: skip
+    scores = [scored.within[row["arm"]] for row in moved]
+    lasting = [scene for scene in scores[0] if all(scene in each for each in scores)]
+    if not lasting:
+        return Verdict("early-windows", None, "no episode lasts through all windows")
+    means = [float(np.mean([each[scene] for scene in lasting])) for each in scores]
+    said = ", ".join(f"steps {row['start']} to {row['stop'] - 1}: {mean:.3f} m (noise as large "
+                     f"{noise[row['start']]:.3f})" for row, mean in zip(moved, means, strict=True))  # fmt: skip
     first, last = moved[0], moved[-1]
-    ratio = first["within"] / last["within"] if last["within"] else float("inf")
-    falls = all(a["within"] > b["within"] for a, b in pairwise(moved))
-    more, low, high = difference(scored.within[first["arm"]], scored.within[last["arm"]], context.seed)
+    ratio = means[0] / means[-1] if means[-1] else float("inf")
+    falls = all(a > b for a, b in pairwise(means))
+    more, low, high = difference(*({scene: each[scene] for scene in lasting} for each in (scores[0], scores[-1])),
+                                 context.seed)  # fmt: skip
     whole = first["displacement"] / last["displacement"] if last["displacement"] else float("inf")
     return Verdict(
         "early-windows",
         ratio >= limit and falls and low > 0,
-        f"within the windows, {said}; first ÷ last {ratio:.2f}, first less last {more:+.3f} m ({low:+.3f} to "
-        f"{high:+.3f}), {'less' if falls else 'not less'} from each to the next; over whole episodes, where an early "
-        f"one has more steps to differ in, {whole:.2f}",
+        f"within the windows, in the {len(lasting)} episodes that last through all of them, {said}; first ÷ last "
+        f"{ratio:.2f}, first less last {more:+.3f} m ({low:+.3f} to {high:+.3f}), {'less' if falls else 'not less'} "
+        "from each to the next; over whole episodes, where an early one has more steps to differ in, "
+        f"{whole:.2f}",
     )
 
 
@@ -328,7 +355,8 @@ def _early_switches(context: Context, rows: Sequence[dict[str, Any]], scored: Sc
             "early-switches", None, "the places of objects are not recorded: which goal is done is not known"
         )
     said = "; ".join(
-        f"at {row['start']}: second {row['donors_goal']:.0%}, first {row['success']:.0%}" for row in changed
+        f"at {row['start']}: second {row['donors_goal']:.0%}, first {row['own_goal']:.0%} of {row['n_begun']}"
+        for row in changed
     )
     first, last = (scored.other_goal[changed[i]["arm"]] for i in (0, -1))
     more, low, high = share_difference(first, last, context.seed)
@@ -336,8 +364,9 @@ def _early_switches(context: Context, rows: Sequence[dict[str, Any]], scored: Sc
         "early-switches",
         more >= limit,
         [paired_p(first, last)],
-        f"goals done at any step, of the second and the first prompt, when it changes {said}; the second's, at the "
-        f"first of these less at the last {100 * more:+.0f} points ({100 * low:+.0f} to {100 * high:+.0f})",
+        "goals done at any step, of the second and the first prompt, of the episodes that had not ended before it "
+        f"changed, {said}; the second's, at the first of these less at the last, in the episodes of both, "
+        f"{100 * more:+.0f} points ({100 * low:+.0f} to {100 * high:+.0f})",
     )
 
 
@@ -357,7 +386,7 @@ def _figures(table: pd.DataFrame) -> dict[str, Any]:
     outcomes = []
     for row in rows:
         if row["kind"] == SWITCH:
-            goals = (("the first prompt's", "success"), ("the second prompt's", "donors_goal"))
+            goals = (("the first prompt's", "own_goal"), ("the second prompt's", "donors_goal"))
             outcomes += [
                 {"start": row["start"], "goal": goal, "share": row[name], "low": row[f"{name}_low"],
                  "high": row[f"{name}_high"]}
@@ -375,8 +404,8 @@ def _figures(table: pd.DataFrame) -> dict[str, Any]:
         "switches": (
             dodged(pd.DataFrame(outcomes), "start", "share", "goal", "low", "high", title="A prompt that changes",
                    xlabel="environment step of the change", ylabel="share of episodes"),
-            "Which goal is done, at any step, by the step at which the prompt becomes another task's; Wilson's 95 % "
-            "intervals. Success of the first ends an episode.",
+            "Which goal is done, at any step, by the step at which the prompt becomes another task's, of the episodes "
+            "that had not ended before it (n_begun in the table); Wilson's 95 % intervals.",
         ),
     }  # fmt: skip
 
@@ -388,7 +417,8 @@ def _notes(settings: Settings) -> list[str]:
         "Outside of it, and after the donor's last step, nothing is injected.",
         "An early window leaves more steps to differ in: displacement is over the common steps of the whole episode, "
         "and an episode that recovers has a small one. The rule is judged on within: the window's own steps, as many "
-        "for every window. How far the donor itself is from the episode there bounds it.",
+        "for every window, in the episodes that last through all of them. How far the donor itself is from the episode "
+        "there bounds it.",
         "Noise keeps one direction for each token of an episode, and is as long as the donor's change at every step.",
         f"Windows of {settings.steps // settings.windows} and switches up to {settings.switches[-1]} environment steps "
         "suit this suite's short episodes; published switches come later, in longer ones.",
