@@ -334,8 +334,8 @@ def _early_windows(context: Context, rows: Sequence[dict[str, Any]], scored: Sco
     first, last = moved[0], moved[-1]
     ratio = means[0] / means[-1] if means[-1] else float("inf")
     falls = all(a > b for a, b in pairwise(means))
-    more, low, high = difference(*({scene: each[scene] for scene in lasting} for each in (scores[0], scores[-1])),
-                                 context.seed)  # fmt: skip
+    ends = [{scene: each[scene] for scene in lasting} for each in (scores[0], scores[-1])]
+    more, low, high = difference(ends[0], ends[1], context.seed)
     whole = first["displacement"] / last["displacement"] if last["displacement"] else float("inf")
     return Verdict(
         "early-windows",
