@@ -6,13 +6,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from injection_case import context
 
 from hooked_vla import HookedVLA
 from hooked_vla.analysis.subspaces import random_subspace
 from hooked_vla.rollouts.experiments.definition import find_experiment
+from hooked_vla.rollouts.experiments.kinds import subspace as kind
 from hooked_vla.rollouts.experiments.kinds.subspace_arms import swapped
 from hooked_vla.rollouts.experiments.kinds.subspace_fits import ALL, choose_site, patchable
 from hooked_vla.rollouts.experiments.kinds.subspace_goals import LIFTED, far_donors, first_lifted, goal_table
+from hooked_vla.rollouts.experiments.outcome import Verdict
 from hooked_vla.rollouts.experiments.run import run_experiment
 from hooked_vla.rollouts.suites import get_suite
 from hooked_vla.rollouts.sweep import run_rollouts
@@ -79,6 +82,34 @@ def test_the_first_block_that_goes_up() -> None:
 
     path = [poses(0.03, 0.03), poses(0.03, 0.03 + LIFTED / 2), poses(0.03, 0.031 + LIFTED), poses(0.2, 0.2)]
     assert first_lifted(path) == "blue" and first_lifted(path[:2]) is None
+
+
+def judged(tmp_path: Path, **switched: float) -> dict[str, Verdict]:
+    """Two dimensions suffice on held-out frames, as DAS finds them; numbers: what switches the goal in closed loop."""
+    spaces = {name: random_subspace(8, 4, i) for i, name in enumerate((kind.DAS, kind.PAIRED, kind.RANDOM))}
+    effects = {kind.DAS: (0.5, 0.95, 0.97), kind.PAIRED: (0.2, 0.5, 0.9), kind.RANDOM: (0.0, 0.1, 0.1)}
+    curve = [{"method": name, "k": k, "effect": effect}
+             for name, each in effects.items() for k, effect in zip((1, 2, 4), each, strict=True)]  # fmt: skip
+    fits = kind.Fits("site", "language", spaces, pd.DataFrame([*curve, {"method": ALL, "k": 8, "effect": 1.0}]), 2, 1.5)
+    assert kind._chosen(fits) == (kind.DAS, 2)
+    rows = [("baseline", "", 0, 0.0), (kind.WHOLE, ALL, 8, 1.0), ("das k=1", kind.DAS, 1, switched["fewer"]),
+            ("das k=2", kind.DAS, 2, switched["chosen"]), ("random k=2", kind.RANDOM, 2, 0.0)]  # fmt: skip
+    table = pd.DataFrame([
+        {"arm": arm, "method": method, "k": k, "n": 20, "switched": share, "switched_low": 0.0, "switched_high": 1.0,
+         "own": 1.0, "lifted": 1.0, "lifted_low": 0.8, "lifted_high": 1.0} for arm, method, k, share in rows
+    ])  # fmt: skip
+    goals = pd.DataFrame([{"arm": arm, "task": "t", "seed": i, "switched": i < share * 20}
+                          for arm, _, _, share in rows for i in range(20)])  # fmt: skip
+    made = context("E15", tmp_path)
+    found = kind._verdicts(made, made.definition.settle(False), fits, table, goals)
+    return {each.rule: each for each in found}
+
+
+def test_dimensions_are_judged_as_they_were_chosen_and_not_by_what_they_are_judged_by(tmp_path: Path) -> None:
+    found = judged(tmp_path, fewer=0.95, chosen=0.5)
+    assert found["few-dimensions"].holds is False and "beside it, das k=1 95%" in found["few-dimensions"].measured
+    found = judged(tmp_path, fewer=0.2, chosen=0.95)
+    assert found["few-dimensions"].holds is True and "against das k=2" in found["random-control"].measured
 
 
 def test_a_small_run_ends_in_a_report(tmp_path: Path) -> None:

@@ -286,14 +286,13 @@ def _verdicts(
         return [Verdict(rule, None, why) for rule in rules]
     most, grasp, chance = (threshold(context, rule) for rule in rules)
     found = [row for row in rows.values() if row["method"] not in ("", ALL, RANDOM)]
-    enough = [row for row in found if row["switched"] >= _SHARE * whole]
-    judged = min(enough, key=lambda row: row["k"]) if enough else max(found, key=lambda row: row["switched"])
-    every = ", ".join(f"{row['arm']} {row['switched']:.0%}" for row in found)
+    judged = next(row for row in found if (row["method"], row["k"]) == _chosen(fits))
+    every = ", ".join(f"{row['arm']} {row['switched']:.0%}" for row in found if row is not judged)
     few = Verdict(
         rules[0],
-        bool(enough) and judged["k"] <= most,
-        f"{every}; all {fits.subspaces[DAS].d} dimensions {whole:.0%}: "
-        + (f"{judged['arm']} suffices" if enough else "none suffices"),
+        judged["switched"] >= _SHARE * whole and judged["k"] <= most,
+        f"{judged['arm']}, which was chosen on held-out frames: {judged['switched']:.0%} ({judged['switched_low']:.0%} "
+        f"to {judged['switched_high']:.0%}); all {fits.subspaces[DAS].d} dimensions {whole:.0%}; beside it, {every}",
     )
     kept = Verdict(
         rules[1],
@@ -303,6 +302,14 @@ def _verdicts(
         f"{rows[BASELINE.name]['lifted']:.0%}",
     )
     return [few, kept, _random_verdict(rules[2], chance, table, goals, judged["arm"])]
+
+
+def _chosen(fits: Fits) -> tuple[str, int]:
+    """The method with the fewest dimensions that suffice on held-out frames, and their number; of several the one with
+    the larger effect there, and DAS where none suffices."""
+    effect = {row["method"]: row["effect"] for row in records(fits.curve) if row["k"] == fits.k}
+    enough = [method for method in fits.subspaces if method != RANDOM and _fewest(fits.curve, method) == fits.k]
+    return max(enough, key=lambda method: effect[method], default=DAS), fits.k
 
 
 def _random_verdict(rule: str, chance: float, table: pd.DataFrame, goals: pd.DataFrame, other: str) -> Verdict:
