@@ -217,7 +217,7 @@ def test_all_maps_are_drawn_on_one_scale(maps):
     figure, caption = draw_maps(maps, chosen, "top")
     assert maps.moments[0].instruction in figure.get_suptitle()
     wordless, _ = draw_maps(maps, chosen, "top", reads_words=False)
-    assert wordless.get_suptitle() == f"{maps.moments[0].task} (no words are read)"
+    assert wordless.get_suptitle() == f"task {maps.moments[0].task} (no words are read)"
     assert "one scale for all panels" in caption
     bars = [axes for axes in figure.axes if "mean of the camera" in axes.get_ylabel()]
     assert len(bars) == 1

@@ -72,7 +72,7 @@ def draw_maps(maps: Maps, chosen: Sequence[Chosen], camera: str, reads_words: bo
         "attention, 1 is the mean of the camera's tokens", fontsize=8
     )
     first = maps.moments[shown[0]]
-    figure.suptitle(f"“{first.instruction}”" if reads_words else f"{first.task} (no words are read)", fontsize=10)
+    figure.suptitle(f"“{first.instruction}”" if reads_words else f"task {first.task} (no words are read)", fontsize=10)
     caption = (
         f"Attention to the {camera} camera's tokens, as multiples of their mean: red more, blue less, on one scale for "
         f"all panels, whose end is at most {_MOST:g}. The target is outlined."

@@ -165,9 +165,12 @@ def agreement_figure(cells: pd.DataFrame, table: pd.DataFrame) -> tuple[Figure, 
         scale = max(abs(np.array(ends)).max(), 1e-6)
         axes.set_yscale("symlog", linthresh=scale)
         # a logarithmic axis names powers of ten alone, which here are 0 and 1
-        linear = [tick for tick in MaxNLocator(4).tick_values(-scale, scale) if abs(tick) <= scale]
-        far = [tick for tick in axes.get_yticks() if abs(tick) > scale]
-        axes.set_yticks([*linear, *far], [f"{tick:.3g}" for tick in (*linear, *far)])
+        shown = axes.get_ylim()
+        inner = MaxNLocator(5).tick_values(max(shown[0], -scale), min(shown[1], scale))
+        linear = [tick for tick in inner if abs(tick) <= scale]
+        ticks = [*linear, *(tick for tick in axes.get_yticks() if abs(tick) > scale)]
+        ticks = [tick for tick in ticks if shown[0] <= tick <= shown[1]]
+        axes.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
         axes.set_yticks([], minor=True)
         axes.set_title(f"{method}\nSpearman {rho[method]:.2f}", fontsize=9)
         axes.set_xlabel("|exact effect|" if method == GRAD_DROP else "exact effect", fontsize=9)
