@@ -116,8 +116,9 @@ def exported(run: Run, tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"{(folder / 'index.html').as_uri()}"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """For one module: while Playwright is open its event loop runs, and nothing in this process can run another."""
     if CHROMIUM is None:
         pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
     with sync_playwright() as playwright:
