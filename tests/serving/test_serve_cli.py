@@ -20,7 +20,9 @@ RUNNER = CliRunner(env={"COLUMNS": "400", "TERM": "dumb"})
 def test_a_served_policy_answers_until_interrupted():
     from test_openpi import OBS, PlainClient
 
-    start = "from hooked_vla.cli import app; app()"
+    # whoever runs the tests in the background may ignore interrupts, and children would inherit that
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    start += "from hooked_vla.cli import app; app()"
     command = [sys.executable, "-c", start, "serve", "--model", "smolvla", "--size", "tiny", "--port", "0", "--cameras",
                "base=agent"]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -34,9 +36,10 @@ def test_a_served_policy_answers_until_interrupted():
             sent = {key: value for key, value in OBS.items() if key != "observation/agent"} | {"observation/base": base}
             assert client.infer(sent)["actions"].shape == (8, 4)
             client.close()
-        finally:
             process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 0
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize(
