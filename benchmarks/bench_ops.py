@@ -367,7 +367,7 @@ def main(
     count = rounds or (QUICK_ROUNDS if quick else ROUNDS[device])
     where = report_file or (None if quick else RESULTS / f"bench_ops_{device}.json")
     about: dict[str, Any] = {
-        "machine": machine(threads) | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}),
+        "machine": machine(threads, device),
         "rounds": count,
         "clock": clock()[0] if device == "cpu" else "events around graph replays",
         "copy_gb_per_s": round(rates[0] / 1e9, 1),

@@ -196,7 +196,7 @@ def score_probe(
     metric: r2 (ridge; the mean over outputs), accuracy or auc (logistic; of two classes); None: the kind's first.
     within: rows whose means `r2` compares with: a probe that only tells, say, tasks apart then scores 0, not the share
     of the spread that is between tasks. Standardisation and penalty are fitted on a fold's training rows alone.
-    folds: None: those of `grouped_folds`.
+    folds: in place of those that `grouped_folds` makes, n_folds or one a group.
     Raises as `fit_probe` and `grouped_folds`, and ValueError for a class that one fold alone has (nothing is left to
     learn it from), numbers that do not vary, or a metric that is not the kind's.
     """
@@ -211,7 +211,7 @@ def score_probe(
             raise ValueError(f"{len(x)} rows, but {name} has {len(given)}")
     if chosen == "auc" and len(np.unique(y)) != 2:
         raise ValueError(f"auc is of two classes, got {np.unique(y).tolist()}")
-    folds = grouped_folds(groups, n_folds, y if kind == "logistic" else None) if folds is None else folds
+    folds = _folds(y, groups, kind, n_folds) if folds is None else folds
     predictions = np.empty(y.shape if chosen == "r2" else len(y), object if chosen == "accuracy" else np.float64)
     for train, test in folds:
         if kind == "logistic":
@@ -248,7 +248,7 @@ def score_with_controls(
     """
     options: Any = {"kind": kind, "metric": metric, "n_folds": n_folds, "within": within, "c": c, "seed": seed}
     probe = score_probe(x, y, groups, **options)
-    options["folds"] = folds = grouped_folds(groups, n_folds, y if kind == "logistic" else None)
+    options["folds"] = folds = _folds(y, groups, kind, n_folds)
     drawn = [
         score_probe(x, _learnable(y, folds, kind, (seed, i), units), groups, **options)
         for i in range(max(n_shuffles, 1))
@@ -275,6 +275,11 @@ def shuffle_labels(y: ArrayLike, seed: int | Sequence[int], units: Sequence[Hash
         at = int(np.argmax(np.atleast_1d(y != y[firsts][number]).reshape(len(y), -1).any(1)))
         raise ValueError(f"unit {units[at]!r} has several labels: units share one label, else shuffle rows")
     return y[firsts[rng.permutation(len(names))]][number]
+
+
+def _folds(y: ArrayLike, groups: Sequence[Hashable], kind: Kind, n_folds: int | None) -> list[Fold]:
+    """`grouped_folds`, which for classes look at them."""
+    return grouped_folds(groups, n_folds, y if kind == "logistic" else None)
 
 
 def _learnable(

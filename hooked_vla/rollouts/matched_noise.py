@@ -22,6 +22,8 @@ from hooked_vla.rollouts.injection import InjectionArm
 
 # how long a direction lasts: a whole episode, or one call of the hook point
 EPISODE, STEP = "episode", "step"
+# how an arm of noise is called, before the name of what it stands in for
+PREFIX = "noise: "
 
 
 def matched_noise(change: Tensor, layout: Layout, seeds: Sequence[int], shared: bool = False) -> Tensor:
@@ -69,7 +71,7 @@ class MatchedNoiseArm(InjectionArm):
 
 def noise_of(arm: InjectionArm, lasts: str = EPISODE) -> MatchedNoiseArm:
     """An injection's control, named "noise: NAME"; for how long its directions last, see MatchedNoiseArm."""
-    name = f"noise: {arm.name}"
+    name = f"{PREFIX}{arm.name}"
     return MatchedNoiseArm(name, arm.recording, arm.injection, arm.donors, arm.told, arm.max_bytes, lasts=lasts)
 
 

@@ -29,7 +29,7 @@ from hooked_vla.rollouts.arms import BASELINE
 from hooked_vla.rollouts.cells import spread_scenes
 from hooked_vla.rollouts.executor import Executor
 from hooked_vla.rollouts.jobs import ModelSource
-from hooked_vla.rollouts.matched_noise import STEP
+from hooked_vla.rollouts.matched_noise import PREFIX, STEP
 from hooked_vla.rollouts.records import read_episodes, read_steps
 from hooked_vla.rollouts.sae.fidelity import Fidelity, FidelityWatcher
 from hooked_vla.rollouts.sae.loop_arms import IDENTITY, LoopArm
@@ -42,7 +42,6 @@ from hooked_vla.vla import HookedVLA
 
 POOLS = ("token", "mean")
 ROLLOUTS, FIDELITY, REPORT = "rollouts", "fidelity.json", "report.json"
-NOISE = "noise: "
 # below this a policy fails so often by itself that what an edit costs cannot be told
 GATE = 0.9
 
@@ -128,7 +127,7 @@ def loop_arms(
             chosen = None if pool == "mean" and tokens == named else tokens
             name = f"{pool}{label}"
             arms.append(LoopArm(prefix + name, sae, pool, chosen, denoise, None, drop_negative))
-            arms.append(LoopArm(f"{prefix}{NOISE}{name}", sae, pool, chosen, denoise, lasts, drop_negative))
+            arms.append(LoopArm(f"{prefix}{PREFIX}{name}", sae, pool, chosen, denoise, lasts, drop_negative))
     return arms
 
 

@@ -221,7 +221,8 @@ def failures(runs: Runs, settings: Settings, ablations: Sequence[Ablation], seed
 
     Both orders end with all features that are ever active. frequent, random: numbers of features, NaN where half of the
     success is left even then; ratio: random over frequent, with its 95 % interval by tasks (ratio_low, ratio_high),
-    of the draws that were made; draws: the numbers of each draw of random ones, in words.
+    of the draws that were made; draws: the numbers of each draw of random ones, in words; at_most: the fewest features
+    that were ablated were enough in the frequent order, so that frequent is an upper bound.
     """
     rows = []
     for site in dict.fromkeys(each.site for each in ablations):
@@ -243,7 +244,8 @@ def failures(runs: Runs, settings: Settings, ablations: Sequence[Ablation], seed
             frequent = random = estimate = low = high = float("nan")
         rows.append(
             {"site": site, FREQUENT: frequent, RANDOM: random, "ratio": estimate, "ratio_low": low, "ratio_high": high,
-             "draws": ", ".join(_reached(each, counts) for each in draws), "at_least": counts[0], "alive": counts[-1]}
+             "draws": ", ".join(_reached(each, counts) for each in draws), "at_most": frequent <= counts[0],
+             "alive": counts[-1]}
         )  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -355,7 +357,7 @@ def _needs_more(context: Context, failure: pd.DataFrame, table: pd.DataFrame) ->
             texts.append(f"{where}: success is {rest}, so that it does not depend on them")
             continue
         held.append(decide(row["ratio_low"], row["ratio_high"], threshold(context, RULES[2]), below=False))
-        few = f"{row[FREQUENT]:.1f}" + (" or fewer" if row[FREQUENT] <= row["at_least"] else "")
+        few = f"{row[FREQUENT]:.1f}" + (" or fewer" if row["at_most"] else "")
         texts.append(
             f"{where}: {few} frequent ones, {row[RANDOM]:.1f} random ones (each draw: {row['draws']}), "
             f"{row['ratio']:.1f} times as many ({row['ratio_low']:.1f} to {row['ratio_high']:.1f} by tasks, for these "

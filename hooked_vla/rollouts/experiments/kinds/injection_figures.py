@@ -5,6 +5,7 @@ import numpy as np
 from hooked_vla.extras import needs_analysis_extra
 from hooked_vla.rollouts.experiments.figures import COLOURS, MARKERS, new_figure
 from hooked_vla.rollouts.experiments.kinds.battery_runs import records
+from hooked_vla.rollouts.matched_noise import PREFIX
 
 with needs_analysis_extra():
     import pandas as pd
@@ -15,8 +16,6 @@ with needs_analysis_extra():
 Number = float | int
 # how wide the marks of one place lie apart, as part of the distance between places
 _SPREAD = 0.36
-# how an arm of noise is called, before the name of what it stands in for (rollouts/matched_noise.py)
-_NOISE = "noise: "
 
 
 def endpoint_figure(table: pd.DataFrame, title: str, columns: int = 6) -> Figure:
@@ -30,7 +29,7 @@ def endpoint_figure(table: pd.DataFrame, title: str, columns: int = 6) -> Figure
     if not rows:
         raise ValueError("the table has no rows: nothing to draw")
     there = list(dict.fromkeys(row["arm"] for row in rows))
-    arms = [arm for arm in there if arm.removeprefix(_NOISE) == arm or arm.removeprefix(_NOISE) not in there]
+    arms = [arm for arm in there if arm.removeprefix(PREFIX) == arm or arm.removeprefix(PREFIX) not in there]
     height = -(-len(arms) // columns)
     figure = new_figure(2.4 * min(columns, len(arms)), 2.3 * height + 0.4)
     panels = figure.subplots(height, min(columns, len(arms)), squeeze=False, sharex=True, sharey=True).ravel()
@@ -38,7 +37,7 @@ def endpoint_figure(table: pd.DataFrame, title: str, columns: int = 6) -> Figure
     for i, (axes, arm) in enumerate(zip(panels, arms, strict=False)):
         axes.plot([0, far], [0, far], color="#BBBBBB", linewidth=1)
         look = {"marker": MARKERS[i % len(MARKERS)], "color": COLOURS[i % len(COLOURS)]}
-        for name, style in ((_NOISE + arm, {"marker": "x", "color": "#999999"}), (arm, look)):
+        for name, style in ((PREFIX + arm, {"marker": "x", "color": "#999999"}), (arm, look)):
             mine = [row for row in rows if row["arm"] == name]
             own, source = ([row[column] for row in mine] for column in ("to_destination", "to_source"))
             axes.plot(own, source, linestyle="none", markersize=4, alpha=0.7, **style)

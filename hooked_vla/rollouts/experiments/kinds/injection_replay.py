@@ -65,7 +65,7 @@ from hooked_vla.rollouts.injection import (
     cross_task,
     same_scene,
 )
-from hooked_vla.rollouts.matched_noise import noise_of
+from hooked_vla.rollouts.matched_noise import PREFIX, noise_of
 
 with needs_analysis_extra():
     import pandas as pd
@@ -200,7 +200,7 @@ def _compare(
     compared = {row["arm"]: row for row in records(compare(main, layout, normalize, seed=context.seed))}
     null, controlled = settings.nulls[0], _controlled(settings, groups)
     cells = [(OWN, each, name, f"{each}: {name}", own) for each in settings.nulls for name in (NONE, *groups)]
-    cells += [(CONTROL, each, name, f"noise: {each}: {name}", own) for each in settings.nulls for name in controlled]
+    cells += [(CONTROL, each, name, f"{PREFIX}{each}: {name}", own) for each in settings.nulls for name in controlled]
     cells += [(UNRELATED, null, name, _unrelated(name), unrelated) for name in groups if len(groups[name]) > 1]
     rows = []
     for donor, each, name, arm, donors in cells:

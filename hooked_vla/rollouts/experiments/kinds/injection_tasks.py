@@ -67,7 +67,7 @@ from hooked_vla.rollouts.injection import (
     same_scene,
     same_start,
 )
-from hooked_vla.rollouts.matched_noise import noise_of
+from hooked_vla.rollouts.matched_noise import PREFIX, noise_of
 from hooked_vla.rollouts.suites import get_suite
 
 with needs_analysis_extra():
@@ -342,7 +342,7 @@ def _ends_at_source(context: Context, settings: Settings, each: pd.DataFrame) ->
     """Tested against what ends there anyway: noise as large, or else the episode without injection."""
     limit, mine = threshold(context, "ends-at-source"), _of(each, settings.judged)
     share, told = _share(mine, "ends_at_source"), _of(each, SOURCE_PROMPT)
-    noise = f"noise: {settings.judged}"
+    noise = f"{PREFIX}{settings.judged}"
     control = noise if noise in set(each["arm"]) else BASELINE.name
     said = ", ".join(f"{arm} {_share(_of(each, arm), 'ends_at_source'):.0%}"
                      for arm in dict.fromkeys((control, BASELINE.name)))  # fmt: skip
@@ -360,7 +360,7 @@ def _ends_at_source(context: Context, settings: Settings, each: pd.DataFrame) ->
 
 def _fails(context: Context, settings: Settings, compared: pd.DataFrame) -> Verdict:
     limit, rows = threshold(context, "fails"), {row["arm"]: row for row in records(compared)}
-    mine, noise = rows[settings.judged], rows.get(f"noise: {settings.judged}")
+    mine, noise = rows[settings.judged], rows.get(f"{PREFIX}{settings.judged}")
     beside = "" if noise is None else f", noise as large {noise['success']:.0%}"
     return settle(
         "fails",

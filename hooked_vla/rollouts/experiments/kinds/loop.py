@@ -38,7 +38,7 @@ from hooked_vla.rollouts.experiments.kinds.battery_runs import (
 )
 from hooked_vla.rollouts.experiments.kinds.loop_figures import loop_figures
 from hooked_vla.rollouts.experiments.outcome import Outcome, Verdict
-from hooked_vla.rollouts.matched_noise import STEP
+from hooked_vla.rollouts.matched_noise import PREFIX, STEP
 from hooked_vla.rollouts.sae.fidelity import Fidelity, FidelityWatcher
 from hooked_vla.rollouts.sae.hooked_sr import ArmResult, loop_arms, site_segments
 from hooked_vla.rollouts.sae.hooked_sr import compare as compare_loop
@@ -253,7 +253,7 @@ def _said(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], explained: 
 
 def _stands_for(noise: Mapping[str, Any]) -> str:
     """The arm whose error an arm of noise is as large as."""
-    return str(noise["arm"]).replace("noise: ", "", 1)
+    return str(noise["arm"]).replace(PREFIX, "", 1)
 
 
 def _share(ratio: float) -> str:

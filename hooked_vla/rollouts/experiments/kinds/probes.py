@@ -191,11 +191,9 @@ def _margin_verdicts(context: Context, held_out: pd.DataFrame) -> list[Verdict]:
         found.append(Verdict(above, None, "no language model was probed"))
     else:
         mine, limit = [rows[goal, VLM] for goal in GOAL], threshold(context, above)
-        held = [
-            None if _at_ceiling(row, limit) else decide(row["low"], row["high"], limit, below=False) for row in mine
-        ]
-        holds = False if False in held else None if None in held else True
         full = [row for row in mine if _at_ceiling(row, limit)]
+        held = [None if row in full else decide(row["low"], row["high"], limit, below=False) for row in mine]
+        holds = False if False in held else None if None in held else True
         found.append(Verdict(above, holds, f"{_all_said(mine, rows)}{_why_open(holds, full)}"))
     for rule, label, side in (
         ("goal-vlm-over-expert", BOTH, VLM), ("state-in-expert", STATE, EXPERT), ("action-in-expert", ACTION, EXPERT),

@@ -58,7 +58,7 @@ from hooked_vla.rollouts.experiments.kinds.injection_scores import (
 )
 from hooked_vla.rollouts.experiments.outcome import Outcome, Verdict
 from hooked_vla.rollouts.injection import Donors, InjectionArm, Told, ToldArm, same_scene, same_start
-from hooked_vla.rollouts.matched_noise import noise_of
+from hooked_vla.rollouts.matched_noise import PREFIX, noise_of
 from hooked_vla.rollouts.suites import get_suite
 from hooked_vla.rollouts.sweep import Rollouts
 
@@ -196,7 +196,7 @@ def _reach(context: Context, settings: Settings, setup: Setup) -> pd.DataFrame:
 def _cells(settings: Settings) -> list[tuple[str, str, int, int | None]]:
     """Kind, arm, first step, and the step after the last one, of everything that has a time."""
     found: list[tuple[str, str, int, int | None]] = []
-    for kind, form in ((INJECTED, "{}"), (NOISE, "noise: {}")):
+    for kind, form in ((INJECTED, "{}"), (NOISE, PREFIX + "{}")):
         found += [(kind, form.format(f"{INJECTED} {each}"), each.start, each.stop) for each in _windows(settings)]
     return found + [(SWITCH, f"{SWITCH} at {step}", step, None) for step in settings.switches]
 
@@ -217,6 +217,7 @@ def _timed(
         row = rows[arm]
         floor = row["floor"] if stop is None else rows[f"{OWN} {Window(start, stop)}"]["displacement"]
         within, low, high = mean_score(scored.within[arm], context.seed)
+        own = scored.own_goal.get(arm, {})
         found.append({
             "kind": kind, "arm": arm, "label": label if kind == INJECTED else "", "start": start, "stop": stop,
             "n": row["n"], "n_within": len(scored.within[arm]), "within": within, "within_low": low,
@@ -225,8 +226,8 @@ def _timed(
             "no_op_floor": floor,
             **{name: row[name] for name in ("success", "success_low", "success_high", "difference", "mcnemar_p",
                                             "holm_p")},
-            "n_begun": len(scored.own_goal[arm]),
-            **_share("own_goal", scored.own_goal[arm]),
+            "n_begun": len(own),
+            **_share("own_goal", own),
             **_share("donors_goal", scored.other_goal.get(arm, {})),
             "endpoint_share": ends[arm],
         })  # fmt: skip
@@ -268,7 +269,7 @@ def _begun(settings: Settings, done: Rollouts) -> list[dict[str, Any]]:
 
 def _own_goal(settings: Settings, done: Rollouts) -> dict[str, dict[Scene, float]]:
     """1 for every episode that succeeds, else 0, of those in which anything was changed."""
-    found: dict[str, dict[Scene, float]] = {arm: {} for _, arm, _, _ in _cells(settings)}
+    found = dict[str, dict[Scene, float]]()
     for row in _begun(settings, done):
         found.setdefault(row["arm"], {})[Scene(row["task"], row["seed"])] = float(row["success"])
     return found
